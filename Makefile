@@ -1,0 +1,64 @@
+# Every target installs first when needed. `make help` lists what a person types.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo up stack test check lint format lock wheel clean
+
+PYTHON ?= python3
+BROKERS ?= 1
+BIN := .venv/bin
+RUN := $(BIN)/python -m
+INSTALLED := .venv/installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## .venv with the locked dependencies, the package and its commands
+
+# The stamp is written last: an install that was killed half-way is done again.
+$(INSTALLED): pyproject.toml requirements/dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "needs Python 3.11 or newer; say which with PYTHON=" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing the locked dependencies into .venv"
+	@$(RUN) pip install --quiet --require-hashes -r requirements/dev.txt
+	@$(RUN) pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(INSTALLED) ## book thousands of seats over HTTP and show them in the analysts' tables
+	@exec $(RUN) devstack demo
+
+up: $(INSTALLED) ## the same stack, kept up with the booking page at http://127.0.0.1:8000
+	@exec $(RUN) devstack up
+
+stack: $(INSTALLED) ## databases, Kafka, migrations and topics in the foreground (BROKERS=1 or 3)
+	@exec $(RUN) devstack stack --brokers $(BROKERS)
+
+test: $(INSTALLED) ## all tests, on a real Postgres and a real Kafka
+	@exec $(RUN) pytest
+
+check: $(INSTALLED) ## the quick tests and lint, in under a minute, without any server
+	@$(RUN) ruff check --quiet . && $(RUN) ruff format --quiet --check . && exec $(RUN) pytest -q -m "not needs_postgres and not needs_kafka"
+
+lint: $(INSTALLED) ## ruff (all rules), format check, mypy strict
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+	@$(RUN) mypy
+
+format: $(INSTALLED) ## let ruff format and mend what it can
+	@$(RUN) ruff check --fix . && $(RUN) ruff format .
+
+lock: $(INSTALLED) ## compile the lock files again from pyproject.toml
+	@COMPILE="$(BIN)/uv pip compile --quiet --generate-hashes --no-header --universal --python-version 3.11 --no-emit-find-links --upgrade pyproject.toml"; \
+	$$COMPILE --all-extras --group dev -o requirements/dev.txt; \
+	for extra in service relay loader; do $$COMPILE --extra $$extra -c requirements/dev.txt -o requirements/$$extra.txt; done
+
+wheel: $(INSTALLED) ## build the wheel into dist/
+	@$(RUN) pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+clean: ## remove what was made here, but keep the download cache
+	@rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@test ! -d .devstack || find .devstack -mindepth 1 -maxdepth 1 ! -name cache -exec rm -rf {} +
+	@find . -path ./.devstack -prune -o -name __pycache__ -type d -exec rm -rf {} +
