@@ -1,4 +1,4 @@
-"""Alembic's environment for both databases: one connection, bounded waits, one upgrade at a time."""
+"""Alembic's environment for both databases: one connection, bounded waits, one at a time."""
 
 import psycopg
 import sqlalchemy
