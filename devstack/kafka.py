@@ -21,7 +21,7 @@ START_TIMEOUT_S = 90.0
 FORMAT_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 TOPIC_TIMEOUT_S = 30.0
-REQUEST_TIMEOUT_S = 5.0
+REQUEST_TIMEOUT_S = 2.0
 BIND_ATTEMPTS = 3
 
 # The formatter runs for half a second: no time to spend on optimising it.
@@ -270,11 +270,12 @@ class KafkaCluster:
     def _file(self, broker: Broker, suffix: str) -> Path:
         return self._run.path / f"{self.name}-{broker.node_id}.{suffix}"
 
-    def _write_properties(self, broker: Broker) -> None:
+    def properties(self, broker: Broker) -> dict[str, str]:
+        """The settings of one broker, by Kafka's names."""
         count = len(self.brokers)
         replicas, in_sync = str(count), str(max(1, count - 1))
         voters = (f"{other.node_id}@127.0.0.1:{other.controller_port}" for other in self.brokers)
-        settings = {
+        return {
             "process.roles": "broker,controller",
             "node.id": str(broker.node_id),
             "controller.quorum.voters": ",".join(voters),
@@ -293,6 +294,9 @@ class KafkaCluster:
             **SETTINGS,
             **self._settings,
         }
+
+    def _write_properties(self, broker: Broker) -> None:
+        settings = self.properties(broker)
         lines = "".join(f"{name}={value}\n" for name, value in settings.items())
         self._file(broker, "properties").write_text(lines, encoding="utf-8")
 

@@ -212,7 +212,7 @@ class PostgresServer:
 
     def start(self) -> None:
         """Make, start and await the server, or bring it back after `stop` or `kill`."""
-        if self._process is None and not self._folder.exists():
+        if self._process is None:
             self.prepare()
         if self._process is None or not self._process.alive:
             self.launch()

@@ -66,7 +66,7 @@ class Running(Protocol):
         """Whether it has not ended (a paused one is alive)."""
 
     def wait_ready(self, ready: Callable[[], bool], timeout_s: float) -> None:
-        """Wait until `ready` says yes; raises as `Process.wait_ready` does."""
+        """As the function `wait_ready`."""
 
     def stop(self, timeout_s: float = 10.0, how: signal.Signals = signal.SIGTERM) -> int:
         """Ask it to end, insist after `timeout_s`; give its exit code."""
@@ -82,6 +82,28 @@ class Running(Protocol):
 
     def log_tail(self) -> str:
         """The end of what it wrote."""
+
+
+def wait_ready(running: Running, ready: Callable[[], bool], timeout_s: float) -> None:
+    """Wait until `ready` says yes; end what was started when it doesn't come to that.
+
+    Raises:
+        ProcessDiedError: it ended first; with the tail of its log.
+        TimeoutError: it lives but is not ready after `timeout_s`; it has been killed.
+    """
+
+    def ready_or_dead() -> bool:
+        if not running.alive:
+            raise ProcessDiedError(
+                f"{running.name} ended before it was ready\n{running.log_tail()}"
+            )
+        return ready()
+
+    try:
+        wait_until(ready_or_dead, timeout_s, f"{running.name} to be ready")
+    except TimeoutError as error:
+        running.kill()
+        raise TimeoutError(f"{error}\n{running.log_tail()}") from None
 
 
 class Process:
@@ -169,26 +191,8 @@ class Process:
         return self._code
 
     def wait_ready(self, ready: Callable[[], bool], timeout_s: float) -> None:
-        """Wait until `ready` says yes; end the program when it doesn't come to that.
-
-        Raises:
-            ProcessDiedError: it ended first; with the tail of its log.
-            TimeoutError: it lives but is not ready after `timeout_s`; it has been killed.
-        """
-
-        def ready_or_dead() -> bool:
-            if not self.alive:
-                raise ProcessDiedError(
-                    f"{self.name} ended with code {self._code} before it was ready\n"
-                    f"{self.log_tail()}"
-                )
-            return ready()
-
-        try:
-            wait_until(ready_or_dead, timeout_s, f"{self.name} to be ready")
-        except TimeoutError as error:
-            self.kill()
-            raise TimeoutError(f"{error}\n{self.log_tail()}") from None
+        """As the function `wait_ready`."""
+        wait_ready(self, ready, timeout_s)
 
     def send_signal(self, number: signal.Signals) -> None:
         """Send a signal to the program alone; nothing happens when it has ended."""
@@ -299,6 +303,10 @@ def tail(path: Path) -> str:
     """The last lines of a file, indented; empty when there is none."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - LOG_TAIL_BYTES))
-        lines = file.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        return "\n".join(f"    {line}" for line in lines)
+        return indented(file.read().decode(errors="replace"))
     return ""
+
+
+def indented(text: str) -> str:
+    """The last lines of a program's output, set off from our own words."""
+    return "\n".join(f"    {line}" for line in text.splitlines()[-LOG_TAIL_LINES:])

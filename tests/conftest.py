@@ -236,7 +236,7 @@ def run_process(tmp_path: Path) -> Iterator[RunProcess]:
 def _started_postgres(
     run: Run, cleanup: ExitStack, settings: Mapping[str, str] | None
 ) -> PostgresServer:
-    server = new_postgres(run, f"postgres-{next(_numbers)}", settings)
+    server = new_postgres(run, f"postgres-{next(_numbers)}", settings, prefer_containers=True)
     cleanup.callback(server.close)
     _or_skip(server.start)
     return server
@@ -245,7 +245,8 @@ def _started_postgres(
 def _started_kafka(
     run: Run, cleanup: ExitStack, brokers: int, settings: Mapping[str, str] | None
 ) -> KafkaCluster:
-    cluster = new_kafka(run, f"kafka-{next(_numbers)}", brokers, settings)
+    name = f"kafka-{next(_numbers)}"
+    cluster = new_kafka(run, name, brokers, settings, prefer_containers=True)
     cleanup.callback(cluster.close)
     _or_skip(cluster.start)
     return cluster
