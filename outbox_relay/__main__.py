@@ -1,0 +1,118 @@
+"""The command `outbox-relay`."""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+import psycopg
+import structlog
+from confluent_kafka import KafkaException
+
+from outbox_relay import __version__, leadership, logs, metrics, status, topics
+from outbox_relay.config import ConfigurationError, KafkaSettings, Settings, load
+from outbox_relay.leadership import RefusedError
+from outbox_relay.relay import Relay
+from outbox_relay.stopping import Stop, StopOverdueError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="outbox-relay")
+def cli() -> None:
+    """Publish the reservation database's outbox to Kafka."""
+
+
+@cli.command()
+def run() -> None:
+    """Publish until stopped; one relay of a name leads, others stand by."""
+    settings = load(Settings)
+    settings.kafka_properties()  # refused now, not at the first record
+    logs.configure(settings.log_level)
+    structlog.contextvars.bind_contextvars(relay=settings.name)
+    relay = Relay(settings, Stop(), metrics.Metrics())
+    if settings.metrics_port:
+        try:
+            metrics.serve(relay.metrics, settings.metrics_port)
+        except OSError as error:
+            raise ConfigurationError(f"METRICS_PORT: {error}") from error
+    try:
+        relay.run()
+    except StopOverdueError:
+        structlog.get_logger().warning("stopped with work in flight; it will be published again")
+
+
+@cli.command("topics")
+@click.option("--replication-factor", type=click.IntRange(min=1), help="default: 3, or all brokers")
+def make_topics(replication_factor: int | None) -> None:
+    """Make all topics, or check those that exist."""
+    settings = load(KafkaSettings)
+    outcomes = topics.make_or_check(
+        settings.kafka_properties(), settings.cursor_topic, replication_factor
+    )
+    for outcome in outcomes:
+        click.echo(f"{outcome.topic}: {outcome.state} {'; '.join(outcome.differences)}".rstrip())
+    if any(outcome.state == "differs" for outcome in outcomes):
+        sys.exit(1)
+
+
+@cli.command("status")
+@click.option("--json", "as_json", is_flag=True, help="one JSON object")
+def show_status(*, as_json: bool) -> None:
+    """Show the leader, the lag and the cursor."""
+    settings = load(Settings)
+    with leadership.connect(settings.database_url.get_secret_value()) as connection:
+        found = status.status(connection, settings.name, settings.delivery)
+    _show(found, as_json=as_json)
+
+
+@cli.command()
+@click.option("--from-id", type=click.IntRange(min=1), required=True, help="first row to publish")
+@click.option("--apply", is_flag=True, help="do it; else only show what would be done")
+def resume(from_id: int, *, apply: bool) -> None:
+    """Accept this database's history after a restore or promotion and go on from a row."""
+    settings = load(Settings)
+    with leadership.connect(settings.database_url.get_secret_value()) as connection:
+        done = status.resume(connection, settings.name, settings.delivery, from_id, apply=apply)
+    click.echo(
+        f"{'done' if apply else 'would be done (nothing changed; --apply does it)'}:"
+        f" publish {done['publishes_rows']} committed rows from id {from_id} on,"
+        f" skip {done['skips_rows']} before it"
+    )
+
+
+def _show(found: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for name, value in found.items():
+        click.echo(f"{name:14} {'-' if value is None else value}")
+
+
+def main() -> NoReturn:
+    """Run the command; expected failures become one line and an exit code (1 failed, 2 usage)."""
+    sys.exit(_exit_code(cli))
+
+
+def _exit_code(command: Callable[..., Any]) -> int:
+    try:
+        command(prog_name="outbox-relay", standalone_mode=False)
+    except click.exceptions.Exit as exit_:
+        return exit_.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        return 1
+    except ConfigurationError as error:
+        click.echo(f"outbox-relay: {error}", err=True)
+        return 2
+    except (RefusedError, psycopg.Error, KafkaException) as error:
+        message = error.args[0].str() if isinstance(error, KafkaException) else str(error).strip()
+        click.echo(f"outbox-relay: {message}", err=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    main()
