@@ -1,0 +1,93 @@
+"""A batch on its way from Kafka to Postgres: slices of partitions → rows and bad records."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import NamedTuple, cast
+
+from confluent_kafka import Message
+
+from data_platform.events import BadRecordError, Decoder, ReservationEvent
+
+ERROR_TEXT_LENGTH_CHARACTERS = 1000
+
+
+@dataclass
+class Slice:
+    """What a batch has of one partition.
+
+    Attributes:
+        first_offset: where Postgres stands if nobody else moved it.
+        next_offset: where Postgres will stand once the batch is loaded; it may lie behind the
+            last record, because transaction markers take offsets too.
+    """
+
+    topic: str
+    partition: int
+    topic_id: str
+    first_offset: int
+    next_offset: int
+    messages: list[Message] = field(default_factory=list)
+
+
+class Row(NamedTuple):
+    """A good record and what it says."""
+
+    message: Message
+    event: ReservationEvent
+
+
+class BadRecord(NamedTuple):
+    """A record that goes to the dead letters, and why."""
+
+    message: Message
+    reason: str
+    error: str
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A batch as it will be loaded: each record of `slices` is in `rows` or in `bad`."""
+
+    slices: Sequence[Slice]
+    rows: Sequence[Row]
+    bad: Sequence[BadRecord]
+
+    def last_event_at(self) -> dict[tuple[str | None, int | None], datetime]:
+        """When the newest event of each (topic, partition) happened."""
+        latest: dict[tuple[str | None, int | None], datetime] = {}
+        for message, event in self.rows:
+            place = message.topic(), message.partition()
+            if place not in latest or latest[place] < event.occurred_at:
+                latest[place] = event.occurred_at
+        return latest
+
+
+def decode(slices: Sequence[Slice], decoders: Mapping[str, Decoder]) -> Decoded:
+    """Decode each record with its topic's decoder."""
+    rows: list[Row] = []
+    bad: list[BadRecord] = []
+    for part in slices:
+        decoder = decoders[part.topic]
+        for message in part.messages:
+            try:
+                rows.append(Row(message, decoder(message.key(), message.value())))
+            except BadRecordError as error:
+                bad.append(BadRecord(message, error.reason, printable(str(error))))
+    return Decoded(slices, rows, bad)
+
+
+def printable(text: str) -> str:
+    """Make `text` storable as Postgres text: no NUL, no lone surrogate, of bounded length."""
+    storable = text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
+    return storable[:ERROR_TEXT_LENGTH_CHARACTERS]
+
+
+def headers_as_json(message: Message) -> list[list[str | None]]:
+    """The record's headers in order, as [[name, value in base64 or null], ...]."""
+    headers = cast("list[tuple[str, bytes | None]]", message.headers() or [])
+    return [
+        [printable(name), None if value is None else base64.b64encode(value).decode()]
+        for name, value in headers
+    ]

@@ -1,0 +1,208 @@
+"""Settings of the data platform: the only place that reads the environment.
+
+An empty variable is an unset one. Each secret may also be given as a file: `<NAME>_FILE`.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+)
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+# What the guarantees rest on; a properties file may repeat these but not change them.
+GUARANTEED_PROPERTIES: Mapping[str, str] = {
+    # Kafka's committed offsets are a copy; Postgres' are the true ones.
+    "enable.auto.commit": "false",
+    # An offset that Kafka no longer has must never become another one by itself.
+    "auto.offset.reset": "error",
+    # The relay's open and aborted transactions are not events.
+    "isolation.level": "read_committed",
+    # Only the end of a partition tells how far transaction markers reach.
+    "enable.partition.eof": "true",
+    # Partitions are assigned one by one, each with the offset that Postgres has.
+    "partition.assignment.strategy": "cooperative-sticky",
+    "group.protocol": "classic",
+}
+RESERVED_PROPERTIES: Mapping[str, str] = {
+    "bootstrap.servers": "set KAFKA_BOOTSTRAP_SERVERS instead",
+    "group.id": "set DATA_PLATFORM_GROUP instead",
+}
+# A properties file may change these.
+CONSUMER_DEFAULTS: Mapping[str, str] = {
+    # A killed worker's partitions move after this time.
+    "session.timeout.ms": "10000",
+    "heartbeat.interval.ms": "2000",
+    # Bounds memory: what is fetched ahead of the batch in hand.
+    "queued.max.messages.kbytes": "32768",
+    "fetch.queue.backoff.ms": "50",
+    "fetch.error.backoff.ms": "100",
+    # A topic's new partitions, and a broker that is back, are seen soon.
+    "topic.metadata.refresh.interval.ms": "10000",
+    "reconnect.backoff.max.ms": "1000",
+}
+
+
+class ConfigurationError(Exception):
+    """The configuration can't be used; the message is one line and names the variable."""
+
+
+def _postgres_url(value: SecretStr) -> SecretStr:
+    try:
+        conninfo_to_dict(value.get_secret_value())
+    except psycopg.ProgrammingError:  # its text would show the password
+        raise ValueError("") from None
+    return value
+
+
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
+DatabaseUrl = Annotated[SecretStr, AfterValidator(_postgres_url)]
+POSTGRES_URL = "a PostgreSQL connection URL like postgresql://user@host:5432/database"
+PORT = "a port from 1 to 65535, or 0 for none"
+
+
+class _Base(BaseSettings):
+    """Each field's name is its variable in lower case, its description what is expected."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True)
+
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR"],
+        BeforeValidator(_upper),
+        Field(description="DEBUG, INFO, WARNING or ERROR"),
+    ] = "INFO"
+
+
+class OwnerSettings(_Base):
+    """What `migrate` needs."""
+
+    analytics_owner_database_url: Annotated[DatabaseUrl, Field(description=POSTGRES_URL)]
+
+
+class DatabaseSettings(_Base):
+    """What every command needs that reads the loader's tables."""
+
+    analytics_database_url: Annotated[DatabaseUrl, Field(description=POSTGRES_URL)]
+
+
+class Settings(DatabaseSettings):
+    """What `run` and `status` need."""
+
+    kafka_bootstrap_servers: Annotated[str, Field(description="brokers like host:9092,host:9092")]
+    kafka_properties_file: Annotated[
+        Path | None, Field(description="a file of librdkafka properties")
+    ] = None
+    metrics_port: Annotated[int, Field(ge=0, le=65535, description=PORT)] = 0
+    metrics_host: Annotated[str, Field(description="an address of this machine")] = "127.0.0.1"
+    data_platform_group: Annotated[str, Field(description="a consumer group's name")] = (
+        "data-platform"
+    )
+    data_platform_reservation_topic: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9._-]{1,249}$", description="a topic's name")
+    ] = "concert-reservation"
+    data_platform_batch_rows: Annotated[
+        int, Field(ge=1, le=100_000, description="1 to 100000 records")
+    ] = 5_000
+    data_platform_batch_bytes: Annotated[
+        int, Field(ge=1, le=2**28, description="1 to 268435456 bytes")
+    ] = 2**24
+
+    def consumer_properties(self) -> dict[str, str]:
+        """Return librdkafka's properties for the consumer, the user's included."""
+        return {
+            **CONSUMER_DEFAULTS,
+            **self.client_properties(),
+            **GUARANTEED_PROPERTIES,
+            "group.id": self.data_platform_group,
+        }
+
+    def client_properties(self) -> dict[str, str]:
+        """Return librdkafka's properties for any client: how to reach Kafka."""
+        return {
+            "client.id": "data-platform",
+            **self._user_properties(),
+            "bootstrap.servers": self.kafka_bootstrap_servers,
+        }
+
+    def _user_properties(self) -> dict[str, str]:
+        if self.kafka_properties_file is None:
+            return {}
+        properties = _read_properties(self.kafka_properties_file)
+        for name, value in properties.items():
+            wanted = GUARANTEED_PROPERTIES.get(name)
+            if wanted is not None and value != wanted:
+                raise ConfigurationError(
+                    f"KAFKA_PROPERTIES_FILE: {name}={value} is refused, events could be lost or "
+                    f"doubled; expected {wanted}"
+                )
+            if name in RESERVED_PROPERTIES:
+                raise ConfigurationError(
+                    f"KAFKA_PROPERTIES_FILE: {name} is refused, {RESERVED_PROPERTIES[name]}"
+                )
+        return properties
+
+
+S = TypeVar("S", bound=_Base)
+
+
+def load(settings_class: type[S]) -> S:
+    """Read the environment.
+
+    Raises:
+        ConfigurationError: a variable is missing or wrong; the message names it.
+    """
+    try:
+        return settings_class(**_secrets_from_files(settings_class))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        name = str(first["loc"][0])
+        expected = settings_class.model_fields[name].description
+        what = "is not set" if first["type"] == "missing" else "has a wrong value"
+        raise ConfigurationError(f"{name.upper()} {what}: expected {expected}") from None
+
+
+def _secrets_from_files(settings_class: type[_Base]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, field in settings_class.model_fields.items():
+        path = os.environ.get(f"{name.upper()}_FILE", "")
+        if field.annotation is not SecretStr or not path:
+            continue
+        if os.environ.get(name.upper()):
+            raise ConfigurationError(f"{name.upper()}_FILE: expected only one of it and the other")
+        try:
+            values[name] = Path(path).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError(
+                f"{name.upper()}_FILE: expected a readable text file: {error}"
+            ) from None
+    return values
+
+
+def _read_properties(path: Path) -> dict[str, str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"KAFKA_PROPERTIES_FILE: expected a readable text file: {error}"
+        ) from None
+    properties = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith(("#", "!")):
+            continue
+        name, equals, value = line.partition("=")
+        if not equals or not name.strip():
+            raise ConfigurationError(f"KAFKA_PROPERTIES_FILE: line {number}: expected name=value")
+        properties[name.strip()] = value.strip()
+    return properties

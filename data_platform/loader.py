@@ -1,0 +1,321 @@
+"""The transaction: rows, dead letters and offsets become visible together, or not at all.
+
+Guarantees: a batch changes anything only if Postgres still stands where the batch begins, in the
+same topic (compare-and-swap on the offset rows, which are locked first). So a record is loaded
+once, whoever else still believes to own its partition. Only records that Postgres refuses for
+what they contain are put aside, found by bisection; when it refuses most, nothing is.
+"""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+import structlog
+from psycopg import errors as pg
+from psycopg.rows import TupleRow
+from psycopg.types.json import Jsonb
+
+from data_platform import sql
+from data_platform.batch import BadRecord, Decoded, Row, Slice, headers_as_json, printable
+from data_platform.consumer import StoredOffset
+from data_platform.errors import Cure, MostlyRefusedError, cure_of
+
+APPLICATION_NAME = "data-platform"
+CONNECT_TIMEOUT_S = 5
+# The server's own limits (sql.SESSION) come first; this one is for a server that says nothing.
+TRANSACTION_LIMIT_S = 20.0
+WATCH_INTERVAL_S = 0.25
+# From so many records on, more refused than loaded means that the fault is ours.
+REFUSED_MINIMUM_RECORDS = 100
+
+log = structlog.get_logger()
+
+Connection = psycopg.Connection[TupleRow]
+
+
+class OffsetsMovedError(Exception):
+    """Somebody else has loaded these partitions, or the connection died after its commit."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a transaction did. `new_events` are facts that were not there yet."""
+
+    slices: Sequence[Slice]
+    events: int = 0
+    new_events: int = 0
+    dead_letters: int = 0
+
+
+class Loader:
+    """Loads decoded batches over one connection, which it makes when needed.
+
+    Args:
+        url: libpq connection string of a role with the loader's rights.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._connection: Connection | None = None
+        self._deadline: float | None = None
+        self._deadline_lock = threading.Lock()
+        self._closed = threading.Event()
+        # Records and refusals of late, by which `_sift` tells a bad record from a fault of ours.
+        self._recent = (0, 0)
+        threading.Thread(target=self._watch, name="transaction-limit", daemon=True).start()
+
+    def claim(
+        self, topic: str, topic_id: str, partitions: Sequence[int]
+    ) -> Mapping[int, StoredOffset]:
+        """Return where Postgres stands in each partition, 0 where it has never been."""
+        with self._transaction() as connection:
+            connection.cursor().executemany(
+                sql.CLAIM_OFFSET,
+                [{"topic": topic, "kafka_partition": p, "topic_id": topic_id} for p in partitions],
+            )
+            rows = connection.execute(sql.READ_OFFSETS, {"topic": topic})
+            return {row[0]: StoredOffset(row[1], row[2]) for row in rows}
+
+    def load(self, batch: Decoded) -> Loaded:
+        """Load a batch and move its partitions' offsets, in one transaction.
+
+        Raises:
+            OffsetsMovedError: Postgres doesn't stand where the batch begins; nothing happened.
+            MostlyRefusedError: Postgres refuses most of the records; nothing happened.
+            psycopg.Error: nothing happened, or (a connection lost in COMMIT) all of it.
+        """
+        try:
+            return self._load_whole(batch)
+        except pg.LockNotAvailable:
+            self._end_blockers(batch.slices)
+            raise
+        except Exception as error:
+            if not batch.rows or cure_of(error) is not Cure.DEAD_LETTER:
+                raise
+            log.warning("batch_refused", error=str(error), records=len(batch.rows))
+        return self._load_sifted(batch)
+
+    def _load_whole(self, batch: Decoded) -> Loaded:
+        with self._transaction() as connection:
+            # Before any shared lock: a worker that freezes here holds up nobody.
+            _stage(connection, batch.rows)
+            _lock(connection, batch.slices)
+            new_events = _merge(connection) if batch.rows else 0
+            _put_aside(connection, batch.bad)
+            _move(connection, batch)
+        self._count(len(batch.rows), 0)
+        return Loaded(batch.slices, len(batch.rows), new_events, len(batch.bad))
+
+    def _load_sifted(self, batch: Decoded) -> Loaded:
+        refused: list[BadRecord] = []
+        with self._transaction() as connection:
+            _lock(connection, batch.slices)
+            new_events = self._sift(connection, batch.rows, refused, len(batch.rows))
+            _put_aside(connection, [*batch.bad, *refused])
+            _move(connection, batch)
+        self._count(len(batch.rows), len(refused))
+        loaded = len(batch.rows) - len(refused)
+        return Loaded(batch.slices, loaded, new_events, len(batch.bad) + len(refused))
+
+    def _sift(
+        self, connection: Connection, rows: Sequence[Row], refused: list[BadRecord], whole: int
+    ) -> int:
+        """Load what Postgres takes of `rows`, add the others to `refused`; count new facts."""
+        try:
+            with connection.transaction():
+                _stage(connection, rows)
+                new_events = _merge(connection)
+                connection.execute(sql.UNSTAGE)
+                return new_events
+        except Exception as error:
+            if cure_of(error) is not Cure.DEAD_LETTER:
+                raise
+            if len(rows) == 1:
+                refused.append(BadRecord(rows[0].message, "refused", printable(str(error))))
+                self._stop_if_mostly_refused(whole, len(refused), error)
+                return 0
+        middle = len(rows) // 2
+        return self._sift(connection, rows[:middle], refused, whole) + self._sift(
+            connection, rows[middle:], refused, whole
+        )
+
+    def _stop_if_mostly_refused(self, whole: int, refused: int, error: Exception) -> None:
+        records, already = self._recent
+        if records + whole < REFUSED_MINIMUM_RECORDS:
+            return
+        if already + refused > (records + whole) / 2:
+            raise MostlyRefusedError(
+                f"Postgres refuses more than half of the last {records + whole} records; "
+                f"none of this batch was put aside. The last refusal: {error}"
+            )
+
+    def _count(self, records: int, refused: int) -> None:
+        records, refused = self._recent[0] + records, self._recent[1] + refused
+        if records > REFUSED_MINIMUM_RECORDS:
+            share = REFUSED_MINIMUM_RECORDS / records
+            records, refused = REFUSED_MINIMUM_RECORDS, round(refused * share)
+        self._recent = records, refused
+
+    def _end_blockers(self, slices: Sequence[Slice]) -> None:
+        """End a loader that holds our offset rows: frozen, or cut off without Postgres knowing.
+
+        The group has given its partitions to us, so whatever it does there will be refused.
+        """
+        with self._transaction() as connection:
+            for pid, ended in connection.execute(sql.END_BLOCKERS, _names(slices)).fetchall():
+                log.warning("blocking_loader_ended", backend_pid=pid, ended=ended)
+
+    def close(self) -> None:
+        """Close the connection and end the watch."""
+        self._closed.set()
+        if self._connection is not None:
+            self._connection.close()
+
+    # ---- the connection
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        try:
+            with self._limited():
+                connection = self._connected()
+                with connection.transaction():
+                    yield connection
+        except BaseException as error:
+            if not isinstance(error, OffsetsMovedError) and cure_of(error) is not Cure.DEAD_LETTER:
+                self._disconnect()
+            raise
+
+    def _connected(self) -> Connection:
+        if self._connection is None or self._connection.broken or self._connection.closed:
+            connection = psycopg.connect(
+                self._url,
+                autocommit=True,
+                application_name=APPLICATION_NAME,
+                connect_timeout=CONNECT_TIMEOUT_S,
+            )
+            self._connection = connection
+            connection.execute(sql.SESSION)
+            connection.execute(sql.CREATE_STAGE)
+        return self._connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    @contextlib.contextmanager
+    def _limited(self) -> Iterator[None]:
+        with self._deadline_lock:
+            self._deadline = time.monotonic() + TRANSACTION_LIMIT_S
+        try:
+            yield
+        finally:
+            with self._deadline_lock:
+                self._deadline = None
+
+    def hurry(self, limit_s: float) -> None:
+        """Let a transaction in flight have `limit_s` from now on at most."""
+        if self._deadline is not None:
+            self._deadline = min(self._deadline, time.monotonic() + limit_s)
+
+    def _watch(self) -> None:
+        """Cut the connection of a transaction that passes its deadline.
+
+        No setting of the server bounds a wait for a server that is frozen or cut off.
+        """
+        while not self._closed.wait(WATCH_INTERVAL_S):
+            with self._deadline_lock:
+                if self._deadline is None or time.monotonic() < self._deadline:
+                    continue
+                connection = self._connection
+                if connection is not None and not connection.closed:
+                    log.warning("transaction_cut", limit_s=TRANSACTION_LIMIT_S)
+                    _shut_down(connection.fileno())
+                self._deadline = None
+
+
+def _shut_down(descriptor: int) -> None:
+    # Of a duplicate: the descriptor itself stays libpq's to close.
+    with socket.socket(fileno=os.dup(descriptor)) as line, contextlib.suppress(OSError):
+        line.shutdown(socket.SHUT_RDWR)
+
+
+def _stage(connection: Connection, rows: Sequence[Row]) -> None:
+    if not rows:
+        return
+    with connection.cursor() as cursor, cursor.copy(sql.STAGE) as copy:
+        for message, event in rows:
+            copy.write_row((*event.columns, message.partition(), message.offset()))
+
+
+def _merge(connection: Connection) -> int:
+    new_events = connection.execute(sql.INSERT_EVENTS).rowcount
+    connection.execute(sql.UPSERT_RESERVATIONS)
+    return new_events
+
+
+def _lock(connection: Connection, slices: Sequence[Slice]) -> None:
+    stored = {
+        (topic, partition): (next_offset, topic_id)
+        for topic, partition, next_offset, topic_id in connection.execute(
+            sql.LOCK_OFFSETS, _names(slices)
+        )
+    }
+    for part in slices:
+        expected = part.first_offset, part.topic_id
+        if stored.get((part.topic, part.partition)) != expected:
+            raise OffsetsMovedError(
+                f"{part.topic} {part.partition}: expected {expected}, "
+                f"Postgres has {stored.get((part.topic, part.partition))}"
+            )
+
+
+def _put_aside(connection: Connection, bad: Sequence[BadRecord]) -> None:
+    if bad:
+        connection.cursor().executemany(
+            sql.INSERT_DEAD_LETTER,
+            [
+                {
+                    "topic": message.topic(),
+                    "kafka_partition": message.partition(),
+                    "kafka_offset": message.offset(),
+                    "raw_key": message.key(),
+                    "raw_value": message.value(),
+                    "raw_headers": Jsonb(headers_as_json(message)),
+                    "reason": reason,
+                    "error": error,
+                }
+                for message, reason, error in bad
+            ],
+        )
+
+
+def _move(connection: Connection, batch: Decoded) -> None:
+    last_event_at = batch.last_event_at()
+    moved = connection.execute(
+        sql.MOVE_OFFSETS,
+        {
+            **_names(batch.slices),
+            "topic_ids": [part.topic_id for part in batch.slices],
+            "expected_offsets": [part.first_offset for part in batch.slices],
+            "next_offsets": [part.next_offset for part in batch.slices],
+            "last_events_at": [
+                last_event_at.get((part.topic, part.partition)) for part in batch.slices
+            ],
+        },
+    ).rowcount
+    if moved != len(batch.slices):
+        raise OffsetsMovedError(f"{moved} of {len(batch.slices)} offsets moved")
+
+
+def _names(slices: Sequence[Slice]) -> dict[str, Any]:
+    return {
+        "topics": [part.topic for part in slices],
+        "partitions": [part.partition for part in slices],
+    }

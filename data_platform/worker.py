@@ -1,0 +1,117 @@
+"""The loop: fetch → decode → load → commit.
+
+Guarantees: it ends only when asked to, or by a fault of ours that only a restart can mend. An
+outage of Postgres or Kafka is said once and waited out, with the group's membership kept.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from types import FrameType
+
+import structlog
+
+from data_platform.batch import decode
+from data_platform.consumer import Source
+from data_platform.errors import Cure, cure_of
+from data_platform.events import Decoder
+from data_platform.health import Health
+from data_platform.loader import Loaded, Loader, OffsetsMovedError
+
+POLL_WAIT_S = 0.2
+FIRST_WAIT_S = 0.1
+LONGEST_WAIT_S = 2.0
+# SIGTERM: the batch in flight may take this long, everything this long (10 s are promised).
+LAST_BATCH_S = 6.0
+LEAVE_WITHIN_S = 9.0
+
+log = structlog.get_logger()
+
+
+class Worker:
+    """One member of the group; any number of them share the partitions."""
+
+    def __init__(
+        self, source: Source, loader: Loader, decoders: Mapping[str, Decoder], health: Health
+    ) -> None:
+        self._source = source
+        self._loader = loader
+        self._decoders = decoders
+        self._health = health
+        self._stopping = threading.Event()
+        self._wait_s = FIRST_WAIT_S
+        self._waiting_for: str | None = None
+
+    def run(self) -> None:
+        """Load until SIGTERM or SIGINT; then finish the batch in hand and leave the group."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        log.info("started", topics=list(self._decoders))
+        while not self._stopping.is_set():
+            self._turn()
+        self._source.close()
+        self._loader.close()
+        log.info("stopped")
+
+    def _turn(self) -> None:
+        self._health.beat({f"{p.topic} {p.partition}": w for p, w in self._source.stopped.items()})
+        try:
+            self._source.settle(self._loader.claim)
+            slices = self._source.fetch(POLL_WAIT_S)
+            if slices:
+                batch = decode(slices, self._decoders)
+                with self._health.load_seconds.time():
+                    loaded = self._loader.load(batch)
+                self._source.commit(loaded.slices)
+                self._count(loaded)
+            self._recovered()
+        except OffsetsMovedError as error:
+            log.info("offsets_moved", what=str(error))
+            self._health.moved.inc()
+            self._source.forget()
+        except Exception as error:
+            if cure_of(error) is not Cure.WAIT:
+                raise
+            self._source.forget()
+            self._wait_out(error)
+
+    def _count(self, loaded: Loaded) -> None:
+        self._health.batches.inc()
+        self._health.events.inc(loaded.events)
+        self._health.new_events.inc(loaded.new_events)
+        self._health.dead_letters.inc(loaded.dead_letters)
+        if loaded.dead_letters:
+            log.warning("dead_letters", records=loaded.dead_letters)
+
+    def _wait_out(self, error: Exception) -> None:
+        """Poll without partitions, so that the group keeps us, for longer each time."""
+        cause = f"{type(error).__name__}: {error}".strip()
+        if self._waiting_for is None:
+            log.warning("waiting", cause=cause)
+        elif self._waiting_for != type(error).__name__:
+            log.info("still_waiting", cause=cause)
+        self._waiting_for = type(error).__name__
+        self._health.waiting.set(1)
+        self._health.waits.inc()
+        until = time.monotonic() + self._wait_s
+        self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
+        while (left_s := until - time.monotonic()) > 0 and not self._stopping.is_set():
+            self._source.wait(min(left_s, POLL_WAIT_S))
+
+    def _recovered(self) -> None:
+        if self._waiting_for is not None:
+            log.info("going_on")
+            self._waiting_for = None
+            self._wait_s = FIRST_WAIT_S
+            self._health.waiting.set(0)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        self._stopping.set()
+        self._loader.hurry(LAST_BATCH_S)
+        # A broker that doesn't answer must not keep us: what is not committed is not done, and
+        # the next worker does it.
+        timer = threading.Timer(LEAVE_WITHIN_S, os._exit, args=(0,))
+        timer.daemon = True
+        timer.start()
