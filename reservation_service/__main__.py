@@ -1,0 +1,122 @@
+"""The command line of the reservation service.
+
+Exit codes: 0 fine, 1 the work failed, 2 wrong usage or configuration.
+"""
+
+import signal
+import sys
+import threading
+
+import click
+import psycopg
+import structlog
+
+from reservation_service import config, logs
+
+log = structlog.get_logger(__name__)
+
+DAY_S = 86_400
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="concert-reservation", prog_name="reservation-service")
+@click.pass_context
+def commands(context: click.Context) -> None:
+    """Sell seats; every change is an event in the outbox of the same transaction."""
+    if {"--help", "-h"}.isdisjoint(sys.argv):
+        settings = config.load()
+        logs.configure(settings.log_level)
+        context.obj = settings
+
+
+@commands.command()
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65_535))
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(1, 256))
+@click.pass_obj
+def serve(settings: config.Settings, host: str, port: int, workers: int) -> None:
+    """Serve the API and the booking page until SIGTERM."""
+    from reservation_service import serve as server  # noqa: PLC0415 - only this command needs it
+
+    server.serve(settings, host, port, workers)
+
+
+@commands.command()
+@click.pass_obj
+def migrate(settings: config.Settings) -> None:
+    """Bring the reservation database up to the newest revision."""
+    import sqlalchemy  # noqa: PLC0415 - only this command needs Alembic
+
+    import migrations  # noqa: PLC0415
+
+    try:
+        migrations.upgrade("reservations", settings.required("owner_database_url"))
+    except sqlalchemy.exc.DBAPIError as error:
+        raise click.ClickException(f"migrate: {error.orig}") from None
+
+
+@commands.command("seed-demo")
+@click.pass_obj
+def seed_demo(settings: config.Settings) -> None:
+    """Publish demo concerts, unless one with enough free seats is on sale."""
+    from reservation_service import demo  # noqa: PLC0415
+    from reservation_service.database import connect  # noqa: PLC0415
+
+    url = settings.required("database_url")
+    with connect(url, "reservation-service seed-demo") as connection:
+        made = demo.seed(connection)
+    log.info("seeded", concerts=made)
+
+
+@commands.command()
+@click.argument("customer_id")
+@click.option("--ttl-hours", default=24, show_default=True, type=click.IntRange(1, 24 * 366))
+@click.pass_obj
+def token(settings: config.Settings, customer_id: str, ttl_hours: int) -> None:
+    """Print a token that acts as CUSTOMER_ID."""
+    from reservation_service.callers import make_token  # noqa: PLC0415
+
+    secret = settings.required("secret_key")
+    try:
+        click.echo(make_token(customer_id, secret, ttl_hours * 3_600))
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="CUSTOMER_ID") from None
+
+
+@commands.command("expire-holds")
+@click.option(
+    "--every", type=click.FloatRange(0.01, DAY_S), metavar="SECONDS", help="Go on until SIGTERM."
+)
+@click.pass_obj
+def expire_holds(settings: config.Settings, every: float | None) -> None:
+    """Write down the expiry of lapsed holds and forget old idempotency keys."""
+    from reservation_service import expiry  # noqa: PLC0415
+    from reservation_service.database import connect  # noqa: PLC0415
+
+    url = settings.required("database_url")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    if every is not None:
+        expiry.run(url, every, stop)
+        return
+    with connect(url, "reservation-service expire-holds") as connection:
+        expiry.sweep(connection, stop)
+
+
+def main() -> None:
+    """Run a command, telling errors in one line on stderr."""
+    try:
+        commands(prog_name="reservation-service")
+    except config.ConfigurationError as error:
+        click.echo(f"reservation-service: {error}", err=True)
+        sys.exit(2)
+    except psycopg.Error as error:
+        # libpq's messages name host and port, never the password.
+        message = " ".join(str(error).split())
+        click.echo(f"reservation-service: database: {message}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

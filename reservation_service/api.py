@@ -1,0 +1,284 @@
+"""The HTTP API under /api: reads requests, asks booking and catalogue, writes JSON."""
+
+import base64
+import binascii
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+from uuid import UUID
+
+import msgspec
+from flask import Blueprint, Request, Response, current_app, request, session
+from psycopg_pool import ConnectionPool
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from reservation_service import booking, callers, catalogue, events, idempotency, metrics, problems
+from reservation_service.booking import Order, Terms
+from reservation_service.callers import Secrets
+from reservation_service.config import Settings
+from reservation_service.database import Connection
+from reservation_service.idempotency import Answer, Key
+from reservation_service.problems import Problem
+
+BODY_MAX_BYTES = 65_536
+CONCERT_BODY_MAX_BYTES = 4_194_304
+ID_MAX = 2**63 - 1
+PAGE_DEFAULT, PAGE_MAX = 50, 200
+IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
+
+Model = TypeVar("Model", bound=BaseModel)
+Value = TypeVar("Value")
+
+blueprint = Blueprint("api", __name__, url_prefix="/api")
+
+
+@dataclass(frozen=True)
+class Service:
+    """What requests work with; one in each worker."""
+
+    pool: ConnectionPool[Connection]
+    secrets: Secrets
+    terms: Terms
+    max_seats_per_request: int
+
+    @classmethod
+    def of(cls, settings: Settings, pool: ConnectionPool[Connection]) -> "Service":
+        """Take from the settings what requests need."""
+        admin = settings.admin_token
+        return cls(
+            pool=pool,
+            secrets=Secrets(
+                settings.required("secret_key"), admin.get_secret_value() if admin else None
+            ),
+            terms=Terms(timedelta(seconds=settings.hold_seconds), settings.max_seats_per_customer),
+            max_seats_per_request=settings.max_seats_per_request,
+        )
+
+
+class NewReservation(BaseModel):
+    """Body of `POST /api/reservations`. Unknown members are refused: they may be a typing error."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    performance_id: int = Field(ge=1, le=ID_MAX)
+    seat_ids: list[int] = Field(min_length=1)
+    confirm: bool = False
+
+    @field_validator("seat_ids")
+    @classmethod
+    def _distinct_ids(cls, value: list[int]) -> list[int]:
+        if any(not 1 <= seat_id <= ID_MAX for seat_id in value):
+            raise ValueError("expected seat ids")
+        if len(set(value)) < len(value):
+            raise ValueError("a seat is named twice")
+        return value
+
+
+class Page(NamedTuple):
+    """Which part of a list is wanted: up to `limit` items after `cursor`."""
+
+    limit: int
+    cursor: str | None
+
+
+def service() -> Service:
+    """Return this worker's Service."""
+    found: Service = current_app.extensions["reservation-service"]
+    return found
+
+
+@contextmanager
+def counted(action: str) -> Iterator[None]:
+    """Count what comes of a change of a reservation."""
+    try:
+        yield
+    except Problem as problem:
+        metrics.CHANGES.labels(action, str(problem.status)).inc()
+        raise
+    metrics.CHANGES.labels(action, "done").inc()
+
+
+@blueprint.get("/concerts")
+def list_concerts() -> Response:
+    """List concerts by id."""
+    page = _page(request)
+    after = _decoded(page.cursor, _concert_id) if page.cursor else 0
+    with service().pool.connection() as connection:
+        found = catalogue.read_concerts(connection, page.limit + 1, after)
+    return _list(page, found, lambda concert: str(concert.concert_id))
+
+
+@blueprint.get(f"/concerts/<int(max={ID_MAX}):concert_id>")
+def read_concert(concert_id: int) -> Response:
+    """Show one concert."""
+    with service().pool.connection() as connection:
+        return _json(catalogue.read_concert(connection, concert_id))
+
+
+@blueprint.post("/concerts")
+def publish_concert() -> Response:
+    """Publish a concert with its performances and seats (admin)."""
+    request.max_content_length = CONCERT_BODY_MAX_BYTES
+    callers.require_admin(request, session.get("guest_id"), service().secrets)
+    concert = _body(catalogue.NewConcert)
+    key = _idempotency_key("admin", "publish-concert", concert)
+    with service().pool.connection() as connection:
+        return _created(catalogue.publish(connection, concert, key, _traceparent()))
+
+
+@blueprint.get(f"/performances/<int(max={ID_MAX}):performance_id>/seats")
+def read_seats(performance_id: int) -> Response:
+    """Show all seats of a performance."""
+    with service().pool.connection() as connection:
+        return _json(catalogue.read_seats(connection, performance_id))
+
+
+@blueprint.post("/reservations")
+def reserve() -> Response:
+    """Hold seats, or book them in one step."""
+    customer_id = _customer()
+    body = _body(NewReservation)
+    most = service().max_seats_per_request
+    if len(body.seat_ids) > most:
+        raise problems.invalid(
+            [{"location": "seat_ids", "message": f"at most {most} seats in one request"}]
+        )
+    order = Order(customer_id, body.performance_id, body.seat_ids, body.confirm)
+    key = _idempotency_key(customer_id, "reserve", body)
+    with counted("book" if body.confirm else "hold"), service().pool.connection() as connection:
+        answer = booking.book(connection, order, service().terms, key, _traceparent())
+    return _created(answer)
+
+
+@blueprint.get("/reservations")
+def list_reservations() -> Response:
+    """List the caller's own reservations, newest first."""
+    customer_id = _customer()
+    page = _page(request)
+    before = _decoded(page.cursor, UUID) if page.cursor else booking.UUID_MAX
+    with service().pool.connection() as connection:
+        found = booking.newest(connection, customer_id, page.limit + 1, before)
+    answers = [booking.answer_of(reservation) for reservation in found]
+    return _list(page, answers, lambda reservation: reservation.reservation_id)
+
+
+@blueprint.get("/reservations/<reservation_id>")
+def read_reservation(reservation_id: str) -> Response:
+    """Show one of the caller's reservations."""
+    customer_id = _customer()
+    wanted = reservation_uuid(reservation_id)
+    with service().pool.connection() as connection:
+        return _json(booking.answer_of(booking.find(connection, wanted, customer_id)))
+
+
+@blueprint.post("/reservations/<reservation_id>/confirm")
+def confirm(reservation_id: str) -> Response:
+    """Confirm a hold."""
+    return _change("confirm", booking.confirm, reservation_id)
+
+
+@blueprint.post("/reservations/<reservation_id>/cancel")
+def cancel(reservation_id: str) -> Response:
+    """Cancel a hold or a reservation."""
+    return _change("cancel", booking.cancel, reservation_id)
+
+
+def reservation_uuid(text: str) -> UUID:
+    """Read a reservation id in the one form in which it is given out.
+
+    Raises:
+        Problem: 404, for there can be no such reservation.
+    """
+    try:
+        value = UUID(text)
+    except ValueError:
+        raise problems.not_found("reservation") from None
+    if str(value) != text:
+        raise problems.not_found("reservation")
+    return value
+
+
+def _change(
+    action: str,
+    change: Callable[[Connection, UUID, str, str | None], events.Reservation],
+    reservation_id: str,
+) -> Response:
+    customer_id = _customer()
+    wanted = reservation_uuid(reservation_id)
+    with counted(action), service().pool.connection() as connection:
+        changed = change(connection, wanted, customer_id, _traceparent())
+    return _json(booking.answer_of(changed))
+
+
+def _customer() -> str:
+    return callers.require_customer(request, session.get("guest_id"), service().secrets)
+
+
+def _traceparent() -> str | None:
+    return events.valid_traceparent(request.headers.get("traceparent"))
+
+
+def _body(model: type[Model]) -> Model:
+    try:
+        return model.model_validate_json(request.get_data(cache=False))
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False, include_context=False)
+    if found[0]["type"] == "json_invalid":
+        raise problems.malformed("The body is no valid JSON.")
+    raise problems.invalid(
+        [
+            {"location": ".".join(map(str, each["loc"])), "message": each["msg"]}
+            for each in found[:50]
+        ]
+    )
+
+
+def _idempotency_key(caller: str, operation: str, body: BaseModel) -> Key | None:
+    key = request.headers.get("Idempotency-Key")
+    if key is None:
+        return None
+    if not IDEMPOTENCY_KEY.fullmatch(key):
+        raise problems.malformed("Idempotency-Key: expected 1 to 255 printable ASCII characters.")
+    # What the body says counts, not how it is spaced.
+    return Key(caller, operation, key, idempotency.fingerprint(body.model_dump_json().encode()))
+
+
+def _page(request: Request) -> Page:
+    text = request.args.get("limit", str(PAGE_DEFAULT))
+    if not re.fullmatch(r"[0-9]{1,4}", text, re.ASCII) or not 1 <= int(text) <= PAGE_MAX:
+        raise problems.malformed(f"limit: expected an integer from 1 to {PAGE_MAX}.")
+    return Page(int(text), request.args.get("cursor"))
+
+
+def _decoded(cursor: str, read: Callable[[str], Value]) -> Value:
+    try:
+        return read(base64.b64decode(cursor, altchars=b"-_", validate=True).decode("ascii"))
+    except (ValueError, binascii.Error):
+        raise problems.malformed("cursor: expected a next_cursor of this list.") from None
+
+
+def _concert_id(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,19}", text, re.ASCII) or int(text) > ID_MAX:
+        raise ValueError(text)
+    return int(text)
+
+
+def _list(page: Page, found: list[Value], id_of: Callable[[Value], str]) -> Response:
+    items, more = found[: page.limit], found[page.limit :]
+    cursor = base64.urlsafe_b64encode(id_of(items[-1]).encode()).decode() if more else None
+    return _json({"items": items, "next_cursor": cursor})
+
+
+def _created(answer: Answer) -> Response:
+    response = Response(answer.body, status=201, mimetype="application/json")
+    response.headers["Location"] = answer.location
+    if answer.replayed:
+        response.headers["Idempotency-Replayed"] = "true"
+    return response
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), mimetype="application/json")

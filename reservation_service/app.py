@@ -1,0 +1,170 @@
+"""The Flask application of one worker: routes, health, metrics, errors and security headers."""
+
+import time
+from datetime import timedelta
+from ipaddress import ip_address
+from pathlib import Path
+
+import psycopg
+import structlog
+from flask import Flask, Response, g, make_response, render_template, request
+from flask.sessions import SecureCookieSessionInterface
+from psycopg_pool import ConnectionPool
+from werkzeug.exceptions import HTTPException
+
+from reservation_service import api, metrics, pages, problems, sql
+from reservation_service.api import Service
+from reservation_service.config import Settings
+from reservation_service.database import Connection
+from reservation_service.problems import Problem
+
+log = structlog.get_logger(__name__)
+
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
+
+class _GuestCookie(SecureCookieSessionInterface):
+    """Marks the cookie Secure, except on a loopback address, where there is no TLS."""
+
+    def get_cookie_secure(self, app: Flask) -> bool:  # noqa: ARG002 - Flask's signature
+        return not _is_loopback(request.host)
+
+
+def create_app(
+    settings: Settings,
+    pool: ConnectionPool[Connection],
+    *,
+    schema_revision: str,
+    metrics_directory: Path | None = None,
+) -> Flask:
+    """Make the application.
+
+    Args:
+        settings: the checked environment.
+        pool: an open pool of this process alone.
+        schema_revision: what `alembic_version` says in a migrated database.
+        metrics_directory: where all workers keep their metrics; None for a single process.
+    """
+    app = Flask(__name__)
+    app.config.update(
+        SECRET_KEY=settings.required("secret_key"),
+        MAX_CONTENT_LENGTH=api.BODY_MAX_BYTES,
+        MAX_FORM_PARTS=1_000,
+        SESSION_COOKIE_NAME="reservation_guest",
+        SESSION_COOKIE_HTTPONLY=True,
+        SESSION_COOKIE_SAMESITE="Lax",
+        SESSION_REFRESH_EACH_REQUEST=False,
+        PERMANENT_SESSION_LIFETIME=timedelta(days=30),
+    )
+    app.session_interface = _GuestCookie()
+    app.extensions["reservation-service"] = Service.of(settings, pool)
+    app.jinja_env.filters["money"] = pages.money
+    app.jinja_env.filters["local_time"] = pages.local_time
+    app.register_blueprint(api.blueprint)
+    app.register_blueprint(pages.blueprint)
+    _add_health(app, pool, schema_revision, metrics_directory)
+    _add_observation(app)
+    app.register_error_handler(Exception, _answer_error)
+    return app
+
+
+def _add_health(
+    app: Flask,
+    pool: ConnectionPool[Connection],
+    schema_revision: str,
+    metrics_directory: Path | None,
+) -> None:
+    @app.get("/healthz")
+    def healthz() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/readyz")
+    def readyz() -> dict[str, str]:
+        try:
+            with pool.connection() as connection:
+                row = connection.execute(sql.SCHEMA_REVISION).fetchone()
+        except psycopg.errors.UndefinedTable:
+            row = None
+        if row is None or row[0] != schema_revision:
+            raise problems.unavailable("The database is not migrated: reservation-service migrate.")
+        return {"status": "ready"}
+
+    @app.get("/metrics")
+    def show_metrics() -> Response:
+        text, content_type = metrics.render(metrics_directory)
+        return Response(text, content_type=content_type)
+
+
+def _add_observation(app: Flask) -> None:
+    @app.before_request
+    def start() -> None:
+        g.started_s = time.monotonic()
+
+    @app.after_request
+    def finish(response: Response) -> Response:
+        # The rule, not the path: ids would make a time series each.
+        route = request.url_rule.rule if request.url_rule else "none"
+        method = request.method if request.url_rule else "none"
+        metrics.REQUESTS.labels(method, route, str(response.status_code)).inc()
+        metrics.REQUEST_SECONDS.labels(method, route).observe(time.monotonic() - g.started_s)
+        response.headers.extend(SECURITY_HEADERS)
+        if request.blueprint in {"api", "pages"}:
+            # Seats and reservations change by the second, and belong to one person.
+            response.headers.setdefault("Cache-Control", "no-store")
+        return response
+
+
+def _answer_error(error: Exception) -> Response:
+    problem = _problem_of(error)
+    if request.path.startswith("/api/") or request.endpoint in {
+        "healthz",
+        "readyz",
+        "show_metrics",
+    }:
+        response = Response(
+            problem.body(), status=problem.status, content_type="application/problem+json"
+        )
+    else:
+        response = make_response(render_template("problem.html", problem=problem), problem.status)
+    response.headers.extend(problem.headers)
+    return response
+
+
+def _problem_of(error: Exception) -> Problem:
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, HTTPException):
+        return _of_http(error)
+    if isinstance(error, psycopg.errors.LockNotAvailable | psycopg.errors.QueryCanceled):
+        return problems.unavailable("Too many want the same at once. Please try again.")
+    if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | psycopg.InternalError):
+        log.warning("the database failed a request", error=type(error).__name__, path=request.path)
+        return problems.unavailable("The database is not available. Please try again.")
+    log.error("a request failed", path=request.path, exc_info=error)
+    return Problem(500, "internal-error", "Something went wrong on our side.")
+
+
+def _of_http(error: HTTPException) -> Problem:
+    status = error.code or 500
+    headers = dict(error.get_headers()) if status in {405, 429} else {}
+    headers.pop("Content-Type", None)
+    words = {404: "not-found", 405: "method-not-allowed", 413: "too-large"}
+    return Problem(
+        status, words.get(status, "http-error"), error.description or error.name, headers
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    name = host.rsplit(":", 1)[0].strip("[]") if not host.endswith("]") else host.strip("[]")
+    if name == "localhost":
+        return True
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return False

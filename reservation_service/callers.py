@@ -1,0 +1,104 @@
+"""Who calls: a customer by JWT or by the page's signed cookie, or the admin by his token."""
+
+import hmac
+import re
+import time
+from typing import NamedTuple
+
+import jwt
+from flask import Request
+
+from reservation_service.problems import Problem, unauthenticated
+
+AUDIENCE = "reservation-service"
+CUSTOMER_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE | re.ASCII)
+
+
+class Secrets(NamedTuple):
+    """What callers are checked against; without an admin token there is no admin."""
+
+    secret_key: str
+    admin_token: str | None
+
+
+def make_token(customer_id: str, secret_key: str, ttl_s: int) -> str:
+    """Sign a token that lets its bearer act as this customer for `ttl_s` seconds.
+
+    Raises:
+        ValueError: no valid customer id.
+    """
+    if not CUSTOMER_ID.fullmatch(customer_id):
+        raise ValueError("expected 1 to 64 of A-Z a-z 0-9 . _ -")
+    claims = {"aud": AUDIENCE, "sub": customer_id, "exp": int(time.time()) + ttl_s}
+    return jwt.encode(claims, secret_key, algorithm="HS256")
+
+
+def require_customer(request: Request, guest_id: str | None, secrets: Secrets) -> str:
+    """Return the calling customer's id. A header, where there is one, decides alone.
+
+    Raises:
+        Problem: 401 nobody, or an invalid token; 403 the admin, who is no customer, or a write
+            that another site sent with the cookie.
+    """
+    if "Authorization" in request.headers:
+        token = _bearer(request)
+        if _is_admin(token, secrets):
+            raise Problem(403, "forbidden", "The admin is no customer.")
+        return _customer_of(token, secrets)
+    if guest_id is None or not CUSTOMER_ID.fullmatch(guest_id):
+        raise unauthenticated("This needs a token: Authorization: Bearer …")
+    if request.method not in {"GET", "HEAD"} and not _same_origin(request):
+        raise Problem(403, "forbidden", "The cookie counts only on the service's own pages.")
+    return guest_id
+
+
+def require_admin(request: Request, guest_id: str | None, secrets: Secrets) -> None:
+    """Let only the admin pass.
+
+    Raises:
+        Problem: 401 nobody, or an invalid token; 403 a customer.
+    """
+    if "Authorization" in request.headers:
+        token = _bearer(request)
+        if _is_admin(token, secrets):
+            return
+        _customer_of(token, secrets)
+    elif guest_id is None:
+        raise unauthenticated("This needs the admin's token: Authorization: Bearer …")
+    raise Problem(403, "forbidden", "Only the admin may do this.")
+
+
+def _bearer(request: Request) -> str:
+    match = BEARER.fullmatch(request.headers["Authorization"].strip())
+    if not match:
+        raise unauthenticated("Expected Authorization: Bearer <token>.")
+    return match[1]
+
+
+def _is_admin(token: str, secrets: Secrets) -> bool:
+    expected = secrets.admin_token
+    return expected is not None and hmac.compare_digest(token.encode(), expected.encode())
+
+
+def _customer_of(token: str, secrets: Secrets) -> str:
+    try:
+        claims = jwt.decode(
+            token,
+            secrets.secret_key,
+            algorithms=["HS256"],
+            audience=AUDIENCE,
+            options={"require": ["exp", "sub", "aud"]},
+        )
+    except (jwt.InvalidTokenError, ValueError):
+        # Which check failed is of use only to somebody who forges.
+        raise unauthenticated("The token is not valid.") from None
+    customer_id = claims["sub"]
+    if not CUSTOMER_ID.fullmatch(customer_id):
+        raise unauthenticated("The token is not valid.")
+    return str(customer_id)
+
+
+def _same_origin(request: Request) -> bool:
+    origin = request.headers.get("Origin")
+    return origin is None or origin.partition("://")[2] == request.host

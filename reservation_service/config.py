@@ -1,0 +1,115 @@
+"""What the environment says, read once and checked: the only reader of it in this package.
+
+An empty variable is an unset one. A secret may also come from a file, named by `<NAME>_FILE`.
+A wrong or missing value ends the command with one line that names the variable; the line never
+holds a value, because the value may be a secret.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+SECRETS = (
+    "RESERVATION_OWNER_DATABASE_URL",
+    "RESERVATION_DATABASE_URL",
+    "RESERVATION_SECRET_KEY",
+    "RESERVATION_ADMIN_TOKEN",
+)
+SECRET_KEY_MIN_BYTES = 32
+SECRET_FILE_MAX_BYTES = 16_384
+
+
+class ConfigurationError(Exception):
+    """A variable is missing or wrong; the message names it and says what was expected."""
+
+
+class Settings(BaseSettings):
+    """The variables of the reservation service, checked."""
+
+    model_config = SettingsConfigDict(
+        env_ignore_empty=True, extra="ignore", hide_input_in_errors=True, populate_by_name=True
+    )
+
+    owner_database_url: SecretStr | None = Field(None, alias="RESERVATION_OWNER_DATABASE_URL")
+    database_url: SecretStr | None = Field(None, alias="RESERVATION_DATABASE_URL")
+    secret_key: SecretStr | None = Field(None, alias="RESERVATION_SECRET_KEY")
+    admin_token: SecretStr | None = Field(None, alias="RESERVATION_ADMIN_TOKEN")
+    hold_seconds: int = Field(600, alias="RESERVATION_HOLD_SECONDS", ge=1, le=86_400)
+    hold_max_seconds: int = Field(1800, alias="RESERVATION_HOLD_MAX_SECONDS", ge=1, le=86_400)
+    # Bounded, because an event holds all seats of its reservation and must fit its topic.
+    max_seats_per_request: int = Field(10, alias="RESERVATION_MAX_SEATS_PER_REQUEST", ge=1, le=500)
+    max_seats_per_customer: int = Field(0, alias="RESERVATION_MAX_SEATS_PER_CUSTOMER", ge=0)
+    writes_per_minute: int = Field(0, alias="RESERVATION_WRITES_PER_MINUTE", ge=0)
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", alias="LOG_LEVEL")
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: object) -> object:
+        return value.upper() if isinstance(value, str) else value
+
+    @field_validator("secret_key")
+    @classmethod
+    def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value and len(value.get_secret_value().encode()) < SECRET_KEY_MIN_BYTES:
+            raise ValueError(f"expected at least {SECRET_KEY_MIN_BYTES} bytes")
+        return value
+
+    @field_validator("hold_max_seconds")
+    @classmethod
+    def _not_below_hold(cls, value: int, info: ValidationInfo) -> int:
+        if value < info.data.get("hold_seconds", 0):
+            raise ValueError("expected no less than RESERVATION_HOLD_SECONDS")
+        return value
+
+    def required(self, field: Literal["owner_database_url", "database_url", "secret_key"]) -> str:
+        """Return a secret that the command can't do without.
+
+        Raises:
+            ConfigurationError: it is not set.
+        """
+        secret: SecretStr | None = getattr(self, field)
+        if secret is None:
+            name = type(self).model_fields[field].alias
+            expected = {
+                "owner_database_url": "the owner's connection URL, postgresql://…",
+                "database_url": "the service's connection URL, postgresql://…",
+                "secret_key": f"a random secret of at least {SECRET_KEY_MIN_BYTES} bytes",
+            }[field]
+            raise ConfigurationError(f"{name} is not set; expected {expected} (or {name}_FILE)")
+        return secret.get_secret_value()
+
+
+def load() -> Settings:
+    """Read the environment.
+
+    Raises:
+        ConfigurationError: a variable holds something else than what was expected.
+    """
+    from_files: dict[str, Any] = {name: value for name in SECRETS if (value := _from_file(name))}
+    try:
+        return Settings(**from_files)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigurationError(f"{first['loc'][0]}: {message}") from None
+
+
+def _from_file(name: str) -> str | None:
+    path = os.environ.get(f"{name}_FILE")
+    if not path:
+        return None
+    if os.environ.get(name):
+        raise ConfigurationError(f"{name} and {name}_FILE are both set; expected one of them")
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            content = file.read(SECRET_FILE_MAX_BYTES).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"{name}_FILE: expected a readable text file ({type(error).__name__})"
+        ) from None
+    if not content:
+        raise ConfigurationError(f"{name}_FILE: expected the secret, but the file is empty")
+    return content

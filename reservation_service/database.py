@@ -1,0 +1,86 @@
+"""Connections to the reservation database, with every wait bounded.
+
+A pool is opened where it is used, in the worker, after the fork: a connection that two
+processes share mixes their answers.
+"""
+
+import select
+from typing import Any
+
+import psycopg
+from psycopg_pool import ConnectionPool
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+CONNECT_TIMEOUT_S = 5
+POOL_TIMEOUT_S = 3.0
+LOCK_TIMEOUT_MS = 2_000
+STATEMENT_TIMEOUT_MS = 5_000
+# A worker that is frozen inside a transaction must not keep seats locked.
+IDLE_IN_TRANSACTION_TIMEOUT_MS = 5_000
+
+SESSION_OPTIONS = " ".join(
+    f"-c {name}={value}"
+    for name, value in {
+        "statement_timeout": STATEMENT_TIMEOUT_MS,
+        "lock_timeout": LOCK_TIMEOUT_MS,
+        "idle_in_transaction_session_timeout": IDLE_IN_TRANSACTION_TIMEOUT_MS,
+        "default_transaction_isolation": "read\\ committed",
+        "synchronous_commit": "on",
+        "search_path": "public",
+        "timezone": "UTC",
+    }.items()
+)
+
+
+def parameters(application_name: str) -> dict[str, Any]:
+    """Return what every connection is opened with, whatever the URL says."""
+    return {
+        "autocommit": True,
+        "application_name": application_name,
+        "connect_timeout": CONNECT_TIMEOUT_S,
+        "options": SESSION_OPTIONS,
+        # A server that vanished without a word is noticed within about ten seconds.
+        "keepalives_idle": 5,
+        "keepalives_interval": 2,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 10_000,
+    }
+
+
+def connect(url: str, application_name: str) -> Connection:
+    """Open one connection.
+
+    Raises:
+        psycopg.OperationalError: the server can't be reached.
+    """
+    return psycopg.connect(url, **parameters(application_name))
+
+
+def make_pool(url: str, size: int) -> ConnectionPool[Connection]:
+    """Make a closed pool of up to `size` connections, which opens even while Postgres is away."""
+    return ConnectionPool(
+        url,
+        connection_class=psycopg.Connection[tuple[Any, ...]],
+        kwargs=parameters("reservation-service"),
+        min_size=min(2, size),
+        max_size=size,
+        timeout=POOL_TIMEOUT_S,
+        max_waiting=4 * size,
+        reconnect_timeout=30.0,
+        check=_still_there,
+        name="reservations",
+        open=False,
+    )
+
+
+def _still_there(connection: Connection) -> None:
+    """Refuse a connection that the server has closed, without a round trip for the others.
+
+    A healthy idle connection has nothing to read; a server that stopped has sent a farewell,
+    a killed one an end of file.
+    """
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    if poll.poll(0):
+        ConnectionPool.check_connection(connection)

@@ -1,0 +1,197 @@
+"""The CloudEvents that the service publishes, as contracts/*.schema.json describe them.
+
+`data` is the whole state after the change, so a consumer needs no call back.
+"""
+
+import re
+from datetime import datetime
+from typing import Literal
+
+import msgspec
+
+from reservation_service import outbox
+from reservation_service.database import Connection
+
+SOURCE = "/reservation-service"
+RESERVATION_TOPIC = "concert-reservation"
+CONCERT_TOPIC = "concert-catalogue"
+TRACEPARENT = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+)
+
+Status = Literal["held", "confirmed", "cancelled", "expired"]
+TYPES: dict[Status, str] = {
+    "held": "reservation.held",
+    "confirmed": "reservation.completed",
+    "cancelled": "reservation.cancelled",
+    "expired": "reservation.expired",
+}
+
+
+class Seat(msgspec.Struct, frozen=True):
+    """A seat as it was reserved; price in minor units."""
+
+    seat_id: int
+    section: str
+    row: str
+    number: int
+    price: int
+
+
+class ConcertOfReservation(msgspec.Struct, frozen=True):
+    """The concert as a reservation's event tells it."""
+
+    concert_id: int
+    title: str
+    venue: str
+    time_zone: str
+
+
+class PerformanceOfReservation(msgspec.Struct, frozen=True):
+    """The performance as a reservation's event tells it."""
+
+    performance_id: int
+    starts_at: datetime
+
+
+class Reservation(msgspec.Struct, frozen=True):
+    """The whole state of a reservation; `expires_at` is None unless it is held."""
+
+    reservation_id: str
+    version: int
+    status: Status
+    customer_id: str
+    created_at: datetime
+    expires_at: datetime | None
+    amount: int
+    currency: str
+    concert: ConcertOfReservation
+    performance: PerformanceOfReservation
+    seats: list[Seat]
+
+
+class Section(msgspec.Struct, frozen=True):
+    """A section of a hall with its range of prices in minor units."""
+
+    section: str
+    capacity: int
+    price_min: int
+    price_max: int
+
+
+class Performance(msgspec.Struct, frozen=True):
+    """A performance as a concert's event tells it."""
+
+    performance_id: int
+    starts_at: datetime
+    sales_open_at: datetime
+    sales_close_at: datetime
+    status: Literal["scheduled", "cancelled"]
+    capacity: int
+    sections: list[Section]
+
+
+class Concert(msgspec.Struct, frozen=True):
+    """The whole state of a concert."""
+
+    concert_id: int
+    version: int
+    title: str
+    venue: str
+    time_zone: str
+    currency: str
+    performances: list[Performance]
+
+
+class _CloudEvent(msgspec.Struct, omit_defaults=True):
+    specversion: str = msgspec.field(name="specversion")
+    id: str
+    source: str
+    type: str
+    subject: str
+    time: datetime
+    datacontenttype: str
+    dataschema: str
+    data: Reservation | Concert
+    traceparent: str | None = None
+
+
+def write_reservation(
+    connection: Connection, reservation: Reservation, happened_at: datetime, traceparent: str | None
+) -> None:
+    """Write the event of a reservation's newest change. The caller holds its row's lock."""
+    _write(
+        connection,
+        topic=RESERVATION_TOPIC,
+        subject=reservation.reservation_id,
+        kind=TYPES[reservation.status],
+        schema="urn:concert-reservation:schema:reservation-event:1",
+        happened_at=happened_at,
+        data=reservation,
+        traceparent=traceparent,
+    )
+
+
+def write_concert(
+    connection: Connection,
+    concert: Concert,
+    kind: Literal["concert.published", "concert.changed"],
+    happened_at: datetime,
+    traceparent: str | None,
+) -> None:
+    """Write the event of a concert's newest change. The caller holds its row's lock."""
+    _write(
+        connection,
+        topic=CONCERT_TOPIC,
+        subject=str(concert.concert_id),
+        kind=kind,
+        schema="urn:concert-reservation:schema:concert-event:1",
+        happened_at=happened_at,
+        data=concert,
+        traceparent=traceparent,
+    )
+
+
+def valid_traceparent(header: str | None) -> str | None:
+    """Return a W3C trace context that may be passed on, or None.
+
+    A version newer than 00 may carry more after its four fields.
+    """
+    if header is None or len(header) > 255:
+        return None
+    match = TRACEPARENT.match(header)
+    if not match:
+        return None
+    rest = header[match.end() :]
+    return header if rest == "" or (rest[0] == "-" and not header.startswith("00")) else None
+
+
+def _write(
+    connection: Connection,
+    *,
+    topic: str,
+    subject: str,
+    kind: str,
+    schema: str,
+    happened_at: datetime,
+    data: Reservation | Concert,
+    traceparent: str | None,
+) -> None:
+    event = _CloudEvent(
+        specversion="1.0",
+        id=f"{subject}:{data.version}",
+        source=SOURCE,
+        type=kind,
+        subject=subject,
+        time=happened_at,
+        datacontenttype="application/json",
+        dataschema=schema,
+        data=data,
+        traceparent=traceparent,
+    )
+    headers = {"content-type": "application/cloudevents+json"}
+    if traceparent:
+        headers["traceparent"] = traceparent
+    outbox.write(
+        connection, topic=topic, key=subject, payload=msgspec.json.encode(event), headers=headers
+    )

@@ -1,0 +1,91 @@
+"""Serve the application: gunicorn with threads, a pool in each worker, metrics of all of them.
+
+SIGTERM stops listening, finishes what is in flight within `GRACEFUL_TIMEOUT_S`, exits 0. The
+choice of the server is in docs/decisions/0003-wsgi-server.md.
+"""
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from flask import Flask
+from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
+from gunicorn.config import Config  # type: ignore[import-untyped]
+from gunicorn.glogging import Logger  # type: ignore[import-untyped]
+
+import migrations
+from reservation_service.config import Settings
+from reservation_service.database import make_pool
+
+THREADS_PER_WORKER = 8
+GRACEFUL_TIMEOUT_S = 8
+WORKER_TIMEOUT_S = 30
+KEEP_ALIVE_S = 15
+BACKLOG_CONNECTIONS = 1024
+
+
+class _JsonLogger(Logger):  # type: ignore[misc]
+    """Leaves gunicorn's records to our handler on the root logger."""
+
+    def setup(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self._access_log_enabled = False
+        self.loglevel = logging.getLogger().level
+        for logger in (self.error_log, self.access_log):
+            logger.handlers.clear()
+            logger.propagate = True
+
+
+class _Server(BaseApplication):  # type: ignore[misc]
+    def __init__(self, options: dict[str, Any], settings: Settings, metrics: Path) -> None:
+        self._options = options
+        self._settings = settings
+        self._metrics = metrics
+        # Once, before the fork: reading the revisions takes Alembic half a second.
+        self._schema_revision = migrations.head("reservations")
+        super().__init__()
+
+    def load_config(self) -> None:
+        for name, value in self._options.items():
+            self.cfg.set(name, value)
+
+    def load(self) -> Flask:
+        """Make the application; gunicorn calls this in the worker, after the fork."""
+        from reservation_service.app import create_app  # noqa: PLC0415 - imports the metrics
+
+        pool = make_pool(self._settings.required("database_url"), THREADS_PER_WORKER)
+        pool.open(wait=False)
+        return create_app(
+            self._settings,
+            pool,
+            schema_revision=self._schema_revision,
+            metrics_directory=self._metrics,
+        )
+
+
+def serve(settings: Settings, host: str, port: int, workers: int) -> None:
+    """Serve until SIGTERM or SIGINT; ends the process.
+
+    Raises:
+        ConfigurationError: a variable that serving needs is missing.
+    """
+    settings.required("database_url")
+    settings.required("secret_key")
+    with tempfile.TemporaryDirectory(prefix="reservation-service-metrics-") as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        options = {
+            "bind": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            "workers": workers,
+            "worker_class": "gthread",
+            "threads": THREADS_PER_WORKER,
+            "timeout": WORKER_TIMEOUT_S,
+            "graceful_timeout": GRACEFUL_TIMEOUT_S,
+            "keepalive": KEEP_ALIVE_S,
+            "backlog": BACKLOG_CONNECTIONS,
+            "control_socket_disable": True,
+            "logger_class": _JsonLogger,
+            "proc_name": "reservation-service",
+        }
+        _Server(options, settings, Path(folder)).run()

@@ -1,0 +1,259 @@
+"""Every statement of the reservation service. A test prepares each against the real schema.
+
+Locks are always taken in this order, so no mix of calls can deadlock: idempotency key, advisory
+lock of a customer, reservation rows, then seats by ascending seat_id in one statement. A booking
+locks no reservation but its own new one.
+
+Time is Postgres' alone, and a decision reads it with clock_timestamp() in a statement after the
+one that waited for the locks: now() is the transaction's start and may lie before that wait.
+"""
+
+SCHEMA_REVISION = "SELECT version_num FROM alembic_version"
+
+# ---- catalogue
+
+INSERT_CONCERT = """
+INSERT INTO concerts (title, venue, time_zone, currency)
+VALUES (%(title)s, %(venue)s, %(time_zone)s, %(currency)s)
+RETURNING concert_id
+"""
+
+INSERT_PERFORMANCE = """
+INSERT INTO performances (concert_id, starts_at, sales_open_at, sales_close_at, capacity)
+VALUES (%(concert_id)s, %(starts_at)s, %(sales_open_at)s, %(sales_close_at)s, %(capacity)s)
+RETURNING performance_id
+"""
+
+INSERT_SEATS = """
+INSERT INTO seats (performance_id, section, "row", number, price)
+SELECT rows.performance_id, rows.section, rows."row", number, rows.price
+FROM unnest(
+    %(performance_ids)s::bigint[], %(sections)s::text[], %(rows)s::text[],
+    %(counts)s::integer[], %(prices)s::bigint[]
+) WITH ORDINALITY AS rows (performance_id, section, "row", count, price, position)
+CROSS JOIN generate_series(1, rows.count) AS number
+ORDER BY rows.position, number
+"""
+
+READ_CONCERTS = """
+SELECT c.concert_id, c.title, c.venue, c.time_zone, (
+    SELECT json_agg(json_build_object(
+        'performance_id', p.performance_id, 'starts_at', p.starts_at,
+        'sales_open_at', p.sales_open_at, 'sales_close_at', p.sales_close_at,
+        'capacity', p.capacity, 'status', p.status
+    ) ORDER BY p.starts_at, p.performance_id)::text
+    FROM performances AS p WHERE p.concert_id = c.concert_id
+)
+FROM concerts AS c
+WHERE c.concert_id > %(after)s
+ORDER BY c.concert_id
+LIMIT %(limit)s
+"""
+
+READ_CONCERT_STATE = """
+SELECT c.concert_id, c.version, c.title, c.venue, c.time_zone, c.currency, clock_timestamp(), (
+    SELECT json_agg(json_build_object(
+        'performance_id', p.performance_id, 'starts_at', p.starts_at,
+        'sales_open_at', p.sales_open_at, 'sales_close_at', p.sales_close_at,
+        'status', p.status, 'capacity', p.capacity, 'sections', (
+            SELECT json_agg(json_build_object(
+                'section', s.section, 'capacity', s.capacity,
+                'price_min', s.price_min, 'price_max', s.price_max
+            ) ORDER BY s.first_seat_id)
+            FROM (
+                SELECT section, count(*) AS capacity, min(price) AS price_min,
+                    max(price) AS price_max, min(seat_id) AS first_seat_id
+                FROM seats WHERE performance_id = p.performance_id GROUP BY section
+            ) AS s
+        )
+    ) ORDER BY p.starts_at, p.performance_id)::text
+    FROM performances AS p WHERE p.concert_id = c.concert_id
+)
+FROM concerts AS c
+WHERE c.concert_id = %(concert_id)s
+"""
+
+READ_PERFORMANCE = """
+SELECT c.concert_id, c.title, c.venue, c.time_zone, c.currency, p.performance_id, p.starts_at,
+    p.sales_open_at, p.sales_close_at, p.status, clock_timestamp() AS now
+FROM performances AS p JOIN concerts AS c USING (concert_id)
+WHERE p.performance_id = %(performance_id)s
+"""
+
+READ_SEATS = """
+SELECT seat_id, section, "row", number, price,
+    CASE WHEN blocked THEN 'blocked'
+        WHEN claimed_until = 'infinity' THEN 'reserved'
+        WHEN claimed_until > statement_timestamp() THEN 'held'
+        ELSE 'available' END
+FROM seats WHERE performance_id = %(performance_id)s
+ORDER BY seat_id
+"""
+
+COUNT_CONCERTS_TO_BOOK = """
+SELECT count(*) FROM concerts AS c CROSS JOIN LATERAL (
+    SELECT * FROM performances WHERE concert_id = c.concert_id
+    ORDER BY starts_at, performance_id LIMIT 1
+) AS p
+WHERE p.status = 'scheduled' AND p.starts_at > now() + interval '1 day'
+    AND p.sales_open_at <= now() AND p.sales_close_at > now() + interval '1 day'
+    AND %(seats)s <= (
+        SELECT count(*) FROM seats AS s WHERE s.performance_id = p.performance_id
+            AND NOT s.blocked AND (s.claimed_until IS NULL OR s.claimed_until <= now())
+    )
+"""
+
+LOCK_SEEDING = "SELECT pg_advisory_xact_lock(hashtextextended('reservation-service seed-demo', 0))"
+
+# ---- booking
+
+# Waits for another transaction that is inserting the same key. A row that stays as it was is
+# locked all the same, so nobody deletes it before READ_IDEMPOTENCY_KEY.
+CLAIM_IDEMPOTENCY_KEY = """
+INSERT INTO idempotency_keys (caller, operation, key, fingerprint, created_at)
+VALUES (%(caller)s, %(operation)s, %(key)s, %(fingerprint)s, clock_timestamp())
+ON CONFLICT (caller, operation, key) DO UPDATE
+SET fingerprint = excluded.fingerprint, location = NULL, body = NULL,
+    created_at = excluded.created_at
+WHERE idempotency_keys.created_at <= excluded.created_at - interval '24 hours'
+RETURNING 1
+"""
+
+READ_IDEMPOTENCY_KEY = """
+SELECT fingerprint, location, body FROM idempotency_keys
+WHERE caller = %(caller)s AND operation = %(operation)s AND key = %(key)s
+"""
+
+REMEMBER_ANSWER = """
+UPDATE idempotency_keys SET location = %(location)s, body = %(body)s
+WHERE caller = %(caller)s AND operation = %(operation)s AND key = %(key)s
+"""
+
+LOCK_CUSTOMER = """
+SELECT pg_advisory_xact_lock(hashtextextended(
+    'customer ' || %(customer_id)s::text || ' ' || %(performance_id)s::bigint::text, 0))
+"""
+
+COUNT_SEATS_OF_CUSTOMER = """
+SELECT count(*) FROM reservations AS r JOIN reservation_seats USING (reservation_id)
+WHERE r.customer_id = %(customer_id)s AND r.performance_id = %(performance_id)s
+    AND (r.status = 'confirmed' OR (r.status = 'held' AND r.expires_at > clock_timestamp()))
+"""
+
+# A confirmed claim is infinite, which Python's datetime can't hold.
+LOCK_SEATS = """
+SELECT seat_id, section, "row", number, price, blocked,
+    claimed_until = 'infinity', nullif(claimed_until, 'infinity')
+FROM seats
+WHERE seat_id = ANY(%(seat_ids)s::bigint[]) AND performance_id = %(performance_id)s
+ORDER BY seat_id
+FOR UPDATE
+"""
+
+CLAIM_SEATS = """
+UPDATE seats SET reservation_id = %(reservation_id)s,
+    claimed_until = coalesce(%(expires_at)s::timestamptz, 'infinity')
+WHERE seat_id = ANY(%(seat_ids)s::bigint[])
+"""
+
+INSERT_RESERVATION = """
+INSERT INTO reservations (reservation_id, customer_id, performance_id, status, version, amount,
+    currency, created_at, updated_at, expires_at)
+VALUES (%(reservation_id)s, %(customer_id)s, %(performance_id)s, %(status)s, %(version)s,
+    %(amount)s, %(currency)s, %(created_at)s, %(created_at)s, %(expires_at)s)
+"""
+
+INSERT_RESERVATION_SEATS = """
+INSERT INTO reservation_seats (reservation_id, seat_id, section, "row", number, price)
+SELECT %(reservation_id)s, seat_id, section, "row", number, price
+FROM seats WHERE seat_id = ANY(%(seat_ids)s::bigint[])
+"""
+
+# ---- changes of a reservation
+
+LOCK_RESERVATION = """
+SELECT 1 FROM reservations
+WHERE reservation_id = %(reservation_id)s AND customer_id = %(customer_id)s
+FOR UPDATE
+"""
+
+LOCK_SEATS_OF_RESERVATIONS = """
+SELECT 1 FROM reservation_seats AS r JOIN seats AS s USING (seat_id)
+WHERE r.reservation_id = ANY(%(reservation_ids)s::uuid[])
+ORDER BY s.seat_id
+FOR UPDATE OF s
+"""
+
+READ_RESERVATIONS = """
+SELECT r.reservation_id, r.customer_id, r.status, r.version, r.created_at, r.expires_at, r.amount,
+    r.currency, json_build_object(
+        'concert_id', c.concert_id, 'title', c.title, 'venue', c.venue, 'time_zone', c.time_zone
+    )::text AS concert, json_build_object(
+        'performance_id', p.performance_id, 'starts_at', p.starts_at
+    )::text AS performance, (
+        SELECT json_agg(json_build_object(
+            'seat_id', s.seat_id, 'section', s.section, 'row', s."row", 'number', s.number,
+            'price', s.price
+        ) ORDER BY s.seat_id)::text
+        FROM reservation_seats AS s WHERE s.reservation_id = r.reservation_id
+    ) AS seats, NOT EXISTS (
+        SELECT FROM reservation_seats AS s JOIN seats USING (seat_id)
+        WHERE s.reservation_id = r.reservation_id
+            AND seats.reservation_id IS DISTINCT FROM r.reservation_id
+    ) AS owns_its_seats, p.status AS performance_status, clock_timestamp() AS now
+FROM reservations AS r
+JOIN performances AS p USING (performance_id)
+JOIN concerts AS c USING (concert_id)
+WHERE r.reservation_id = ANY(%(reservation_ids)s::uuid[])
+ORDER BY r.reservation_id DESC
+"""
+
+LIST_RESERVATIONS = """
+SELECT reservation_id FROM reservations
+WHERE customer_id = %(customer_id)s AND reservation_id < %(before)s
+ORDER BY reservation_id DESC
+LIMIT %(limit)s
+"""
+
+CHANGE_RESERVATION = """
+UPDATE reservations SET status = %(status)s, version = %(version)s, expires_at = NULL,
+    updated_at = %(changed_at)s
+WHERE reservation_id = %(reservation_id)s
+"""
+
+# A seat that somebody else has taken since is not touched.
+CONFIRM_SEATS = """
+UPDATE seats SET claimed_until = 'infinity'
+WHERE seat_id = ANY(%(seat_ids)s::bigint[]) AND reservation_id = %(reservation_id)s
+"""
+
+FREE_SEATS = """
+UPDATE seats SET claimed_until = NULL, reservation_id = NULL
+WHERE seat_id = ANY(%(seat_ids)s::bigint[]) AND reservation_id = %(reservation_id)s
+"""
+
+# ---- expiry
+
+# now() is early enough to be right and, unlike clock_timestamp(), can use the index.
+LOCK_LAPSED_HOLDS = """
+SELECT reservation_id, expires_at FROM reservations
+WHERE status = 'held' AND expires_at <= now()
+ORDER BY expires_at
+LIMIT %(limit)s
+FOR UPDATE SKIP LOCKED
+"""
+
+DELETE_OLD_IDEMPOTENCY_KEYS = """
+DELETE FROM idempotency_keys WHERE (caller, operation, key) IN (
+    SELECT caller, operation, key FROM idempotency_keys
+    WHERE created_at <= now() - interval '24 hours'
+    ORDER BY created_at LIMIT %(limit)s FOR UPDATE SKIP LOCKED
+)
+"""
+
+# ---- outbox
+
+INSERT_EVENT = """
+INSERT INTO outbox (topic, key, payload, headers)
+VALUES (%(topic)s, %(key)s, %(payload)s, %(headers)s)
+"""
