@@ -179,9 +179,11 @@ class ContainerKafka(KafkaCluster):
         """What this cluster is, for people."""
         return f"Kafka ({self.image})"
 
+    def fetch(self, progress: Progress = lambda _: None) -> None:
+        """Nothing: whoever made this object has the image."""
+
     def prepare(self, progress: Progress = lambda _: None) -> None:
         """Nothing: the image formats its disk."""
-        progress(self.image)
 
     def run_broker(self, broker: Broker) -> Running:
         """Start the container of one broker, or a new one for its first start elsewhere."""

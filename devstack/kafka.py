@@ -152,8 +152,8 @@ class KafkaCluster:
 
     # ---- life
 
-    def prepare(self, progress: Progress = lambda _: None) -> None:
-        """Get Java and the jars where missing, and begin to format the brokers' disks.
+    def fetch(self, progress: Progress = lambda _: None) -> None:
+        """Get Java and the jars where missing, which may take minutes.
 
         Raises:
             ConfigurationError: Java or Maven is missing and can't be installed by us.
@@ -161,6 +161,10 @@ class KafkaCluster:
         """
         java, jars = java_and_jars(self._run, progress)
         self._java = [str(java), "-cp", f"{jars}/*"]
+
+    def prepare(self, progress: Progress = lambda _: None) -> None:
+        """`fetch`, and begin to format the brokers' disks."""
+        self.fetch(progress)
         for broker in self.brokers:
             self._write_properties(broker)
             command = [
@@ -321,7 +325,9 @@ class KafkaCluster:
             known = self._admin().list_topics(timeout=REQUEST_TIMEOUT_S)
         except KafkaException:
             return False
-        return set(known.brokers) >= {broker.node_id for broker in running}
+        # Another stack's broker may be what answers on a port that ours failed to get.
+        ours = known.cluster_id == self._cluster_id
+        return ours and set(known.brokers) >= {broker.node_id for broker in running}
 
     def _admin(self) -> AdminClient:
         # librdkafka would write every refused connection to our standard error.

@@ -7,7 +7,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -17,8 +17,9 @@ import pytest
 from devstack.kafka import KafkaCluster
 from devstack.parts import new_kafka, new_postgres
 from devstack.postgres import PostgresServer
-from devstack.processes import ConfigurationError, Process
+from devstack.processes import ConfigurationError, DevstackError, Process
 from devstack.state import Run
+from devstack.steps import Steps
 from tests.databases import (
     AnalyticsDatabase,
     ReservationDatabase,
@@ -42,6 +43,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.needs_postgres)
         if fixtures & KAFKA_FIXTURES:
             item.add_marker(pytest.mark.needs_kafka)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fetch Kafka before the first test: a download doesn't belong into a test's time limit."""
+    needed = any(item.get_closest_marker("needs_kafka") for item in session.items)
+    if needed and not session.config.option.collectonly:
+        # What goes wrong here goes wrong again, and is told, where a test wants a broker.
+        with suppress(DevstackError, TimeoutError), Run() as run, Steps() as steps:
+            step = steps.begin("Kafka for the tests")
+            new_kafka(run, "fetch", prefer_containers=True).fetch(step.note)
+            step.done()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
