@@ -119,6 +119,9 @@ class PostgresServer:
         run: where its files go.
         name: names its folder and log; unique within the run.
         settings: server settings on top of ours, like {"max_connections": "20"}.
+
+    Attributes:
+        data_folder: what initdb made; a stopped server may be turned into a standby there.
     """
 
     def __init__(self, run: Run, name: str, settings: Mapping[str, str] | None = None) -> None:
@@ -127,6 +130,7 @@ class PostgresServer:
         self.log = run.path / f"{name}.log"
         self._run = run
         self._folder = run.path / name
+        self.data_folder = self._folder / "data"
         self._settings = SETTINGS | dict(settings or {})
         self._password = secrets.token_urlsafe(24)
         self._process: Running | None = None
@@ -166,7 +170,7 @@ class PostgresServer:
             user = pwd.getpwnam(UNPRIVILEGED_USER)
             os.chown(self._folder, user.pw_uid, user.pw_gid)
         self._run_program(
-            "initdb", f"--pgdata={self._folder / 'data'}", "--username=postgres",
+            "initdb", f"--pgdata={self.data_folder}", "--username=postgres",
             f"--pwfile={password_file}", "--auth=scram-sha-256", "--encoding=UTF8",
             # The data is thrown away after a crash of the machine; flushing it would cost seconds.
             "--no-locale", "--no-sync", "--no-instructions",
@@ -178,7 +182,7 @@ class PostgresServer:
         settings = self._settings | {"port": str(self.port)}
         self._process = Process(
             self._command(
-                "postgres", "-D", str(self._folder / "data"),
+                "postgres", "-D", str(self.data_folder),
                 *(f"--{name}={value}" for name, value in settings.items()),
             ),
             name=f"postgres {self.name}",
@@ -241,7 +245,7 @@ class PostgresServer:
     def close(self) -> None:
         """End the server for good and give back what outlives a killed one."""
         self.stop("immediate")
-        _release_shared_memory(self._folder / "data" / "postmaster.pid")
+        _release_shared_memory(self.data_folder / "postmaster.pid")
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # ---- databases and roles

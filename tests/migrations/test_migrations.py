@@ -1,0 +1,205 @@
+"""Both histories up and down on a real server, and what each role may do afterwards."""
+
+import subprocess
+import sys
+
+import psycopg
+import pytest
+import sqlalchemy.exc
+
+import migrations
+from devstack.postgres import PostgresServer
+from migrations import Database
+from tests.databases import AnalyticsDatabase, ReservationDatabase
+
+TABLES = """
+SELECT table_schema || '.' || table_name FROM information_schema.tables
+WHERE table_schema IN ('public', 'analytics') AND table_name <> 'alembic_version' ORDER BY 1
+"""
+OWNERS: dict[Database, str] = {
+    "reservations": "reservation_owner",
+    "analytics": "analytics_owner",
+}
+
+
+def empty_database(server: PostgresServer, name: str, owner: str) -> str:
+    server.create_database(name, owner)
+    return server.url(name, owner, server.give_password(owner))
+
+
+def tables(url: str) -> list[str]:
+    with psycopg.connect(url) as connection:
+        return [name for (name,) in connection.execute(TABLES).fetchall()]
+
+
+@pytest.mark.parametrize("database", ["reservations", "analytics"])
+def test_a_history_goes_up_down_and_up_again(
+    postgres_server: PostgresServer,
+    reservation_template: ReservationDatabase,
+    analytics_template: AnalyticsDatabase,
+    database: Database,
+) -> None:
+    # The templates come first: a new password of the owner would lock their tests out.
+    del reservation_template, analytics_template
+    name = f"migrated_{database}"
+    postgres_server.create_database(name, f"{OWNERS[database]}_of_migrations")
+    owner = f"{OWNERS[database]}_of_migrations"
+    url = postgres_server.url(name, owner, postgres_server.give_password(owner))
+    with psycopg.connect(postgres_server.admin_url, autocommit=True) as admin:
+        # The roles exist on this server already: who grants must be their administrator.
+        for role in ("reservation_service", "outbox_relay", "data_platform", "analyst"):
+            admin.execute(f"GRANT {role} TO {owner} WITH ADMIN OPTION")
+    migrations.upgrade(database, url)
+    made = tables(url)
+    assert len(made) >= 4
+    migrations.downgrade(database, url)
+    assert tables(url) == []
+    migrations.upgrade(database, url)
+    migrations.upgrade(database, url)
+    assert tables(url) == made
+    with psycopg.connect(url) as connection:
+        found = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+    assert found == [(migrations.head(database),)]
+
+
+def test_two_migrations_at_once_wait_for_each_other(postgres_server: PostgresServer) -> None:
+    url = empty_database(postgres_server, "migrated_twice", "twice_owner")
+    upgrade = "import migrations, sys; migrations.upgrade('reservations', sys.argv[1])"
+    both = [subprocess.Popen([sys.executable, "-c", upgrade, url]) for _ in range(2)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert "public.outbox" in tables(url)
+
+
+def test_a_migration_gives_up_soon_when_somebody_holds_a_table(
+    postgres_server: PostgresServer,
+) -> None:
+    url = empty_database(postgres_server, "migrated_locked", "locked_owner")
+    migrations.upgrade("analytics", url)
+    with psycopg.connect(url) as reader:
+        reader.execute("SELECT count(*) FROM analytics.fct_reservations")
+        with pytest.raises(sqlalchemy.exc.OperationalError, match="lock timeout"):
+            migrations.downgrade("analytics", url)
+        assert "analytics.fct_reservations" in tables(url)
+
+
+def test_roles_stay_when_a_database_is_taken_down(postgres_server: PostgresServer) -> None:
+    url = empty_database(postgres_server, "migrated_roles", "roles_owner")
+    migrations.upgrade("analytics", url)
+    migrations.downgrade("analytics", url)
+    with psycopg.connect(url) as connection:
+        found = connection.execute("SELECT count(*) FROM pg_roles WHERE rolname = 'analyst'")
+        assert found.fetchone() == (1,)
+
+
+def refused(url: str, statements: tuple[str, ...]) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        for statement in statements:
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                connection.execute(statement)
+
+
+def test_the_service_may_add_events_but_neither_read_change_nor_remove_them(
+    reservation_database: ReservationDatabase,
+) -> None:
+    refused(
+        reservation_database.service_url,
+        (
+            "UPDATE outbox SET key = 'x'",
+            "DELETE FROM outbox",
+            "TRUNCATE outbox",
+            "SELECT * FROM outbox",
+            "INSERT INTO outbox (transaction_id) VALUES ('1')",
+            "INSERT INTO outbox_topics VALUES ('t', 1)",
+            "UPDATE outbox_relay_cursor SET leader = 'x'",
+            "DELETE FROM reservations",
+            "DELETE FROM seats",
+            "CREATE TABLE mine (a int)",
+        ),
+    )
+    with psycopg.connect(reservation_database.service_url) as connection:
+        connection.execute(
+            "INSERT INTO outbox (topic, key, payload) VALUES ('concert-reservation', 'k', '{}')"
+        )
+
+
+def test_the_analyst_reads_facts_and_nothing_else(analytics_database: AnalyticsDatabase) -> None:
+    refused(
+        analytics_database.analyst_url,
+        (
+            "SELECT * FROM analytics.dead_letters",
+            "SELECT * FROM analytics.load_offsets",
+            "DELETE FROM analytics.fct_reservations",
+            "UPDATE analytics.fct_reservations SET status = 'held'",
+            "CREATE TABLE analytics.mine (a int)",
+        ),
+    )
+    with psycopg.connect(analytics_database.analyst_url) as connection:
+        connection.execute("SELECT * FROM analytics.fct_reservation_events")
+        connection.execute("SELECT * FROM analytics.fct_reservations")
+
+
+def test_the_loader_may_not_change_or_remove_a_fact(analytics_database: AnalyticsDatabase) -> None:
+    refused(
+        analytics_database.loader_url,
+        (
+            "UPDATE analytics.fct_reservation_events SET amount = 0",
+            "DELETE FROM analytics.fct_reservation_events",
+            "DELETE FROM analytics.fct_reservations",
+            "DELETE FROM analytics.load_offsets",
+            "CREATE TABLE analytics.mine (a int)",
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "values", "constraint"),
+    [
+        ("topic, key, payload", "'unknown', 'k', '{}'", "outbox_topic_known"),
+        ("topic, key, payload", "'concert-reservation', '', '{}'", "outbox_key_is_given"),
+        (
+            "topic, key, payload",
+            "'concert-reservation', 'k', to_json(repeat('x', 1000000))",
+            "outbox_record_fits",
+        ),
+        (
+            "topic, key, payload, headers",
+            "'concert-reservation', 'k', '{}', '{\"a\": 1}'",
+            "outbox_headers_are_texts",
+        ),
+    ],
+)
+def test_what_could_never_be_published_is_refused_in_the_writers_transaction(
+    reservation_database: ReservationDatabase, columns: str, values: str, constraint: str
+) -> None:
+    statement = f"INSERT INTO outbox ({columns}) VALUES ({values})"  # noqa: S608
+    with (
+        psycopg.connect(reservation_database.service_url) as connection,
+        pytest.raises(psycopg.errors.CheckViolation) as refusal,
+    ):
+        connection.execute(statement)
+    assert refusal.value.diag.constraint_name == constraint
+
+
+def test_a_key_a_payload_and_a_topic_are_required(
+    reservation_database: ReservationDatabase,
+) -> None:
+    for row in (
+        (None, "k", "{}"),
+        ("concert-reservation", None, "{}"),
+        ("concert-reservation", "k", None),
+    ):
+        with (
+            psycopg.connect(reservation_database.service_url) as connection,
+            pytest.raises(psycopg.errors.IntegrityError),
+        ):
+            connection.execute("INSERT INTO outbox (topic, key, payload) VALUES (%s, %s, %s)", row)
+
+
+def test_ids_are_drawn_one_by_one(reservation_database: ReservationDatabase) -> None:
+    # With CACHE 20 a session's later version would get a smaller id than another's earlier one.
+    with psycopg.connect(reservation_database.owner_url) as connection:
+        found = connection.execute(
+            "SELECT seqcache FROM pg_sequence"
+            " WHERE seqrelid = pg_get_serial_sequence('outbox', 'id')::regclass"
+        ).fetchone()
+    assert found == (1,)

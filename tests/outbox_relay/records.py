@@ -1,0 +1,67 @@
+"""Reads a whole topic back, as any consumer would see it."""
+
+from typing import NamedTuple
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
+
+TIMEOUT_S = 20.0
+
+
+class Record(NamedTuple):
+    """A record of Kafka."""
+
+    partition: int
+    offset: int
+    key: str
+    value: bytes
+    headers: dict[str, str]
+
+
+def read_topic(bootstrap_servers: str, topic: str) -> list[Record]:
+    """Return all records that are in `topic` now, in order within each partition."""
+    consumer = Consumer(
+        {
+            "bootstrap.servers": bootstrap_servers,
+            "group.id": "test-reader",
+            "enable.auto.commit": False,
+            "isolation.level": "read_committed",
+        }
+    )
+    try:
+        partitions = consumer.list_topics(topic, timeout=TIMEOUT_S).topics[topic].partitions
+        ends = {
+            number: consumer.get_watermark_offsets(
+                TopicPartition(topic, number), timeout=TIMEOUT_S
+            )[1]
+            for number in partitions
+        }
+        left = {number for number, end in ends.items() if end > 0}
+        consumer.assign([TopicPartition(topic, number, OFFSET_BEGINNING) for number in left])
+        records = []
+        while left:
+            messages = consumer.consume(10_000, timeout=0.5)
+            for message in messages:
+                error = message.error()
+                assert error is None, error
+                partition, offset = message.partition(), message.offset()
+                assert partition is not None
+                assert offset is not None
+                records.append(
+                    Record(
+                        partition,
+                        offset,
+                        (message.key() or b"").decode(),
+                        message.value() or b"",
+                        _texts(message.headers()),
+                    )
+                )
+            positions = consumer.position([TopicPartition(topic, number) for number in left])
+            left -= {at.partition for at in positions if at.offset >= ends[at.partition]}
+    finally:
+        consumer.close()
+    return records
+
+
+def _texts(headers: object) -> dict[str, str]:
+    assert headers is None or isinstance(headers, list)
+    return {name: value.decode() for name, value in headers or []}

@@ -1,0 +1,155 @@
+"""The relay when Postgres or Kafka fails, and when its database is not the one it knew."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import psycopg
+import pytest
+
+from devstack.kafka import KafkaCluster
+from devstack.postgres import PostgresServer
+from tests.conftest import MakeKafkaCluster, MakePostgresServer
+from tests.databases import create_reservation_database
+from tests.outbox_relay.conftest import Outbox, StartRelay
+from tests.outbox_relay.test_relay import status
+from tests.waiting import wait_until
+
+RunRelayCommand = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def command(outbox: Outbox, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "outbox_relay", *arguments],
+        env=outbox.environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def private_outbox(
+    make_postgres_server: MakePostgresServer, outbox: Outbox
+) -> tuple[PostgresServer, Outbox]:
+    """An outbox on a server that the test may crash."""
+    server = make_postgres_server()
+    database = create_reservation_database(server)
+    with psycopg.connect(database.owner_url) as connection:
+        connection.execute("INSERT INTO outbox_topics VALUES (%s, 1000000)", (outbox.topic,))
+    return server, replace(outbox, database=database)
+
+
+def test_the_relay_outlives_a_crash_of_postgres_and_says_so_once(
+    private_outbox: tuple[PostgresServer, Outbox], start_relay: StartRelay
+) -> None:
+    server, outbox = private_outbox
+    outbox.insert("a", "1")
+    relay = start_relay(outbox)
+    wait_until(outbox.records, 20, "the first row")
+    server.kill()
+    wait_until(lambda: "waiting" in relay.log.read_text(), 20, "the outage to be said")
+    server.start()
+    outbox.insert("a", "2")
+    wait_until(lambda: status(outbox)["lag_rows"] == 0, 30, "the second row")
+    assert relay.alive
+    # At least once: the crash may have come between acknowledgement and cursor.
+    assert list(dict.fromkeys(r.value for r in outbox.records())) == [b"1", b"2"]
+    assert relay.log.read_text().count('"waiting"') <= 2
+
+
+def test_the_relay_waits_for_kafka_and_publishes_everything_when_it_is_back(
+    outbox: Outbox, start_relay: StartRelay, make_kafka_cluster: MakeKafkaCluster
+) -> None:
+    cluster = make_kafka_cluster(brokers=1)
+    cluster.create_topic(outbox.topic, 3)
+    outbox = replace(outbox, bootstrap_servers=cluster.bootstrap_servers)
+    relay = start_relay(outbox)
+    outbox.insert("a", "0")
+    wait_until(lambda: status(outbox)["lag_rows"] == 0, 20, "the first row")
+    (broker,) = cluster.brokers
+    broker.kill()
+    outbox.insert_many(500)
+    assert relay.alive
+    broker.start()
+    wait_until(lambda: status(outbox)["lag_rows"] == 0, 60, "the backlog")
+    assert relay.alive
+    assert len({r.value for r in outbox.records()}) == 501
+
+
+def test_a_missing_topic_is_waited_for(
+    outbox: Outbox, start_relay: StartRelay, kafka: KafkaCluster
+) -> None:
+    later = f"{outbox.topic}-later"
+    with outbox.owner() as connection:
+        connection.execute("INSERT INTO outbox_topics VALUES (%s, 1000000)", (later,))
+    waiting = replace(outbox, topic=later)
+    waiting.insert("a", "1")
+    relay = start_relay(waiting)
+    wait_until(lambda: "leading" in relay.log.read_text(), 20, "the relay to lead")
+    kafka.create_topic(later, 1)
+    wait_until(lambda: status(waiting)["lag_rows"] == 0, 60, "the row")
+    assert [r.value for r in waiting.records()] == [b"1"]
+
+
+def test_a_standby_is_refused_and_a_promoted_server_needs_resume(
+    private_outbox: tuple[PostgresServer, Outbox], start_relay: StartRelay
+) -> None:
+    server, outbox = private_outbox
+    for number in (1, 2, 3):
+        outbox.insert("a", str(number))
+    relay = start_relay(outbox)
+    wait_until(lambda: status(outbox)["lag_rows"] == 0 and outbox.records(), 20, "all rows")
+    relay.stop()
+
+    server.stop()
+    (server.data_folder / "standby.signal").touch()
+    server.start()
+    refused = command(outbox, "run")
+    assert refused.returncode == 1
+    assert "leads to a standby" in refused.stderr
+
+    with psycopg.connect(server.admin_url, autocommit=True) as connection:
+        connection.execute("SELECT pg_promote()")
+        wait_until(
+            lambda: connection.execute("SELECT NOT pg_is_in_recovery()").fetchone() == (True,),
+            20,
+            "the promotion",
+        )
+    refused = command(outbox, "run")
+    assert refused.returncode == 1
+    assert "timeline" in refused.stderr
+    assert "outbox-relay resume --from-id N" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+    with outbox.owner() as connection:
+        found = connection.execute("SELECT max(id) FROM outbox").fetchone()
+    assert found is not None
+    dry = command(outbox, "resume", "--from-id", str(found[0]))
+    assert (dry.returncode, "nothing changed" in dry.stdout) == (0, True)
+    assert command(outbox, "run").returncode == 1
+    done = command(outbox, "resume", "--from-id", str(found[0]), "--apply")
+    assert "publish 1 committed rows" in done.stdout
+    assert "skip 2" in done.stdout
+    outbox.insert("a", "4")
+    start_relay(outbox)
+    wait_until(lambda: status(outbox)["lag_rows"] == 0, 20, "what is new")
+    assert [r.value for r in outbox.records()] == [b"1", b"2", b"3", b"3", b"4"]
+
+
+def test_resume_refuses_while_a_relay_leads(outbox: Outbox, start_relay: StartRelay) -> None:
+    relay = start_relay(outbox)
+    wait_until(lambda: "leading" in relay.log.read_text(), 20, "the relay to lead")
+    refused = command(outbox, "resume", "--from-id", "1", "--apply")
+    assert refused.returncode == 1
+    assert "is running" in refused.stderr
+
+
+def test_cached_ids_are_refused_because_they_reorder_events(outbox: Outbox) -> None:
+    with outbox.owner() as connection:
+        connection.execute("ALTER TABLE outbox ALTER COLUMN id SET CACHE 20")
+    refused = command(outbox, "run")
+    assert refused.returncode == 1
+    assert "CACHE 20" in refused.stderr

@@ -1,0 +1,261 @@
+"""Reading by snapshot difference, on a real Postgres."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+
+from outbox_relay import leadership, reader, sql
+from outbox_relay.reader import EMPTY_SNAPSHOT, Position
+from tests.conftest import MakePostgresServer
+from tests.databases import ReservationDatabase, create_reservation_database
+
+TOPIC = "concert-reservation"
+START = Position(published_snapshot=EMPTY_SNAPSHOT, wal_lsn="0/0")
+INSERT = "INSERT INTO outbox (topic, key, payload) VALUES (%s, 'k', %s)"
+
+
+@pytest.fixture
+def connection(reservation_database: ReservationDatabase) -> Iterator[psycopg.Connection]:
+    """The relay's own connection."""
+    with leadership.connect(reservation_database.relay_url) as connection:
+        yield connection
+
+
+@contextmanager
+def writer(database: ReservationDatabase) -> Iterator[psycopg.Connection]:
+    with psycopg.connect(database.owner_url) as connection:
+        yield connection
+
+
+def insert(connection: psycopg.Connection, *numbers: int) -> None:
+    for number in numbers:
+        connection.execute(INSERT, (TOPIC, json.dumps(number)))
+
+
+def read_all(
+    connection: psycopg.Connection,
+    position: Position,
+    max_rows: int = 100,
+    max_bytes: int = 1_000_000,
+) -> tuple[list[int], Position]:
+    """Read chunk by chunk until nothing is new."""
+    numbers: list[int] = []
+    while True:
+        chunk = reader.read(connection, position, max_rows=max_rows, max_bytes=max_bytes)
+        if chunk.position == position:
+            return numbers, position
+        assert len(chunk.rows) <= max_rows
+        numbers += [json.loads(row.payload) for row in chunk.rows]
+        position = chunk.position
+
+
+def test_a_long_transaction_holds_up_its_own_rows_only(
+    reservation_database: ReservationDatabase, connection: psycopg.Connection
+) -> None:
+    with writer(reservation_database) as slow, writer(reservation_database) as quick:
+        insert(slow, 1)
+        insert(quick, 2)
+        quick.commit()
+        numbers, position = read_all(connection, START)
+        assert numbers == [2]
+        insert(quick, 3)
+        quick.commit()
+        numbers, position = read_all(connection, position)
+        assert numbers == [3]
+        slow.commit()
+        numbers, position = read_all(connection, position)
+        assert numbers == [1]
+        assert read_all(connection, position)[0] == []
+
+
+def test_rows_of_rolled_back_transactions_and_savepoints_are_never_read(
+    reservation_database: ReservationDatabase, connection: psycopg.Connection
+) -> None:
+    with writer(reservation_database) as connection_of_writer:
+        insert(connection_of_writer, 1)
+        connection_of_writer.rollback()
+        insert(connection_of_writer, 2)
+        connection_of_writer.execute("SAVEPOINT s")
+        insert(connection_of_writer, 3)
+        connection_of_writer.execute("ROLLBACK TO s")
+        insert(connection_of_writer, 4)
+    assert read_all(connection, START)[0] == [2, 4]
+
+
+def test_a_big_batch_is_read_to_its_end_with_one_snapshot_from_any_stored_position(
+    reservation_database: ReservationDatabase, connection: psycopg.Connection
+) -> None:
+    with writer(reservation_database) as early, writer(reservation_database) as others:
+        insert(early, 0)  # the batch's lowest id, not committed when it begins
+        insert(others, *range(1, 26))
+        others.commit()
+        chunk = reader.read(connection, START, max_rows=10, max_bytes=1_000_000)
+        early.commit()
+        insert(others, 26)
+        others.commit()
+        # From the stored position in the middle, as often as one restarts: the same rows.
+        for _ in range(2):
+            numbers, _ = read_all(connection, chunk.position, max_rows=10)
+            assert numbers == [*range(11, 26), 0, 26]
+        assert [json.loads(row.payload) for row in chunk.rows] == list(range(1, 11))
+
+
+def test_a_chunk_is_bounded_in_bytes_and_the_rest_of_its_batch_follows(
+    reservation_database: ReservationDatabase, connection: psycopg.Connection
+) -> None:
+    large = "x" * 100_000  # stored out of line
+    with writer(reservation_database) as connection_of_writer:
+        for _ in range(10):
+            connection_of_writer.execute(INSERT, (TOPIC, json.dumps(large)))
+    position, chunks = START, []
+    while True:
+        chunk = reader.read(connection, position, max_rows=100, max_bytes=250_000)
+        if chunk.position == position:
+            break
+        position = chunk.position
+        chunks.append(len(chunk.rows))
+    assert [count for count in chunks if count] == [3, 3, 3, 1]
+
+
+def test_what_a_batch_stands_on_survives_a_crash_that_hands_out_transaction_ids_again(
+    make_postgres_server: MakePostgresServer,
+) -> None:
+    # The WAL writer sleeps: only a commit brings records to the disk.
+    server = make_postgres_server({"wal_writer_delay": "10s", "autovacuum": "off"})
+    database = create_reservation_database(server)
+    with writer(database) as connection_of_writer:
+        insert(connection_of_writer, 1)
+        connection_of_writer.commit()
+        for _ in range(50):  # rolled back: their ids are drawn, their records not on disk
+            insert(connection_of_writer, -1)
+            connection_of_writer.rollback()
+        with leadership.connect(database.relay_url) as connection:
+            numbers, position = read_all(connection, START)
+        assert numbers == [1]
+        server.kill()
+    server.start()
+    with leadership.connect(database.relay_url) as connection:
+        for number in range(2, 12):
+            with writer(database) as connection_of_writer:
+                insert(connection_of_writer, number)
+        assert read_all(connection, position)[0] == list(range(2, 12))
+
+
+# --- Plans -------------------------------------------------------------------------------------
+
+ROWS = 1_000_000
+FILL = """
+INSERT INTO outbox (topic, key, payload)
+SELECT 'concert-reservation', 'key-' || n % 5000, json_build_object('n', n, 'pad', repeat('x', 100))
+FROM generate_series(1, %(rows)s) AS n
+"""
+
+
+def positional(statement: str, parameters: Mapping[str, object]) -> tuple[str, list[object]]:
+    """Return a statement with $1, $2, ... as Postgres prepares it, and their values."""
+    values = []
+    for number, (name, value) in enumerate(parameters.items(), start=1):
+        statement = statement.replace(f"%({name})s", f"${number}")
+        values.append(value)
+    return statement.replace("%%", "%"), values
+
+
+def buffers_and_nodes(
+    connection: psycopg.Connection, mode: str, statement: str, parameters: Mapping[str, object]
+) -> tuple[int, set[str], int]:
+    """Run a statement under a plan mode; return pages touched, kinds of nodes, rows."""
+    text, values = positional(statement, parameters)
+    connection.execute(f"SET plan_cache_mode = {mode}")
+    connection.execute(f"PREPARE examined AS {text}")
+    try:
+        placeholders = ", ".join("%s" for _ in values)
+        found = connection.execute(
+            f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE examined({placeholders})",
+            [literal(value) for value in values],
+        ).fetchone()
+    finally:
+        connection.execute("DEALLOCATE examined")
+    assert found is not None
+    plan = (found[0] if isinstance(found[0], list) else json.loads(found[0]))[0]["Plan"]
+    nodes = [plan]
+    for node in nodes:
+        nodes += node.get("Plans", [])
+    touched = plan["Shared Hit Blocks"] + plan["Shared Read Blocks"]
+    return touched, {node["Node Type"] for node in nodes}, plan["Actual Rows"]
+
+
+def literal(value: object) -> object:
+    return "{" + ",".join(map(str, value)) + "}" if isinstance(value, list) else value
+
+
+def test_plans_on_a_million_rows_touch_few_pages_and_scan_nothing_sequentially(
+    reservation_database: ReservationDatabase, connection: psycopg.Connection
+) -> None:
+    with (
+        writer(reservation_database) as late,
+        writer(reservation_database) as filler,
+    ):
+        filler.execute("ALTER TABLE outbox DISABLE TRIGGER outbox_refuse_unpublishable")
+        filler.commit()
+        insert(late, 1)  # its id lies a million rows back
+        filler.execute(FILL.replace("%(rows)s", str(ROWS)))
+        filler.commit()
+        filler.autocommit = True
+        filler.execute("ANALYZE outbox")
+        published = reader.read(connection, START, max_rows=10, max_bytes=1).position
+        assert published.batch_snapshot is not None
+        published = Position(published_snapshot=published.batch_snapshot, wal_lsn="0/0")
+        fresh = {"max_rows": 5_000, "max_bytes": 1_000_000}
+        with leadership.connect(reservation_database.relay_url) as relay:
+            relay.cursor_factory = psycopg.ClientCursor[Any]
+            for mode in ("force_generic_plan", "force_custom_plan"):
+                parameters = {**published.unpublished(), **fresh}
+                idle = buffers_and_nodes(relay, mode, sql.READ_FRESH, parameters)
+                assert idle[0] <= 20, idle
+                assert idle[2] == 0
+                assert "Seq Scan" not in idle[1]
+        late.commit()
+        for number in range(10):
+            filler.execute(INSERT, (TOPIC, json.dumps(number)))
+        with leadership.connect(reservation_database.relay_url) as relay:
+            relay.cursor_factory = psycopg.ClientCursor[Any]
+            for mode in ("force_generic_plan", "force_custom_plan"):
+                parameters = {**published.unpublished(), **fresh}
+                small = buffers_and_nodes(relay, mode, sql.READ_FRESH, parameters)
+                assert small[2] == 11
+                assert small[0] <= 60, small
+                assert "Seq Scan" not in small[1]
+                begin = buffers_and_nodes(relay, mode, sql.BEGIN_BIG_BATCH, published.unpublished())
+                assert begin[0] <= 60, begin
+                assert "Seq Scan" not in begin[1]
+                middle = buffers_and_nodes(
+                    relay,
+                    mode,
+                    sql.READ_BIG_BATCH,
+                    {
+                        "after_id": ROWS // 2,
+                        "published_snapshot": EMPTY_SNAPSHOT,
+                        "batch_snapshot": published.published_snapshot,
+                        "max_rows": 1_000,
+                        "max_bytes": 1_000_000,
+                    },
+                )
+                assert middle[2] == 1_000
+                assert middle[0] <= 200, middle
+                assert "Seq Scan" not in middle[1]
+
+
+def test_every_statement_is_one_that_postgres_prepares(connection: psycopg.Connection) -> None:
+    statements = {
+        name: text
+        for name, text in vars(sql).items()
+        if name.isupper() and isinstance(text, str) and name != "SESSION_OPTIONS"
+    }
+    assert len(statements) > 10
+    for name, text in statements.items():
+        parameters = dict.fromkeys(part.split(")s")[0] for part in text.split("%(")[1:])
+        connection.execute(f"PREPARE {name} AS {positional(text, parameters)[0]}")
