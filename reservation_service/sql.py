@@ -165,7 +165,7 @@ VALUES (%(reservation_id)s, %(customer_id)s, %(performance_id)s, %(status)s, %(v
 
 INSERT_RESERVATION_SEATS = """
 INSERT INTO reservation_seats (reservation_id, seat_id, section, "row", number, price)
-SELECT %(reservation_id)s, seat_id, section, "row", number, price
+SELECT %(reservation_id)s::uuid, seat_id, section, "row", number, price
 FROM seats WHERE seat_id = ANY(%(seat_ids)s::bigint[])
 """
 
