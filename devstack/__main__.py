@@ -4,10 +4,14 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import click
 
+from devstack.application import Application
+from devstack.demo import demo
 from devstack.processes import ConfigurationError, DevstackError
 from devstack.stack import EnvironmentFile, Stack
 from devstack.steps import Steps
@@ -20,20 +24,67 @@ def main() -> None:
     """Run the project's parts on this machine, without Docker."""
 
 
+UP_PORT = 8000
+CHECK_INTERVAL_S = 1
+
+
 @main.command()
 @click.option("--brokers", type=click.Choice(["1", "3"]), default="1", show_default=True)
 def stack(brokers: str) -> None:
     """Databases, Kafka, migrations and topics, empty, until Ctrl-C or SIGTERM."""
+    with (
+        ending_well(),
+        Steps() as steps,
+        EnvironmentFile() as file,
+        Stack(int(brokers), steps) as parts,
+    ):
+        parts.start()
+        path = file.write(parts.environment)
+        steps.console.print(f"  source {path} for every connection", highlight=False)
+        click.echo("ready")
+        sys.stdout.flush()
+        while True:
+            signal.pause()
+
+
+@main.command("demo")
+def run_demo() -> None:
+    """Book thousands of seats over HTTP and follow them into the analysts' tables."""
+    with ending_well(), Steps() as steps:
+        demo(steps)
+
+
+@main.command()
+@click.option("--port", type=click.IntRange(1, 65_535), default=UP_PORT, show_default=True)
+def up(port: int) -> None:
+    """The whole product with demo data and its booking page, until Ctrl-C or SIGTERM."""
+    with (
+        ending_well(),
+        Steps() as steps,
+        EnvironmentFile() as file,
+        Stack(1, steps) as parts,
+        Application(parts) as application,
+    ):
+        parts.start()
+        with steps.step("service, relay and two workers"):
+            application.seed()
+            url = application.serve(port)
+            application.run_pipeline()
+        file.write(parts.environment)
+        steps.console.print(f"  booking page at {url} (Ctrl-C stops everything)")
+        click.echo("ready")
+        sys.stdout.flush()
+        while True:
+            application.check_alive()
+            signal.sigtimedwait([], CHECK_INTERVAL_S)
+
+
+@contextmanager
+def ending_well() -> Iterator[None]:
+    """Turn signals into an orderly end with exit 0, expected failures into a line and a code."""
     interrupt_on_signals()
     try:
-        with Steps() as steps, EnvironmentFile() as file, Stack(int(brokers), steps) as parts:
-            parts.start()
-            path = file.write(parts.environment)
-            steps.console.print(f"  source {path} for every connection", highlight=False)
-            click.echo("ready")
-            sys.stdout.flush()
-            while True:
-                signal.pause()
+        yield
     except KeyboardInterrupt:
         return
     except ConfigurationError as error:
