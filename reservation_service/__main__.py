@@ -52,7 +52,7 @@ def migrate(settings: config.Settings) -> None:
     try:
         migrations.upgrade("reservations", settings.required("owner_database_url"))
     except sqlalchemy.exc.DBAPIError as error:
-        raise click.ClickException(f"migrate: {error.orig}") from None
+        raise click.ClickException(" ".join(f"migrate: {error.orig}".split())) from None
 
 
 @commands.command("seed-demo")

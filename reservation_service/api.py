@@ -105,7 +105,7 @@ def counted(action: str) -> Iterator[None]:
 def list_concerts() -> Response:
     """List concerts by id."""
     page = _page(request)
-    after = _decoded(page.cursor, _concert_id) if page.cursor else 0
+    after = 0 if page.cursor is None else _decoded(page.cursor, _concert_id)
     with service().pool.connection() as connection:
         found = catalogue.read_concerts(connection, page.limit + 1, after)
     return _list(page, found, lambda concert: str(concert.concert_id))
@@ -158,7 +158,7 @@ def list_reservations() -> Response:
     """List the caller's own reservations, newest first."""
     customer_id = _customer()
     page = _page(request)
-    before = _decoded(page.cursor, UUID) if page.cursor else booking.UUID_MAX
+    before = booking.UUID_MAX if page.cursor is None else _decoded(page.cursor, UUID)
     with service().pool.connection() as connection:
         found = booking.newest(connection, customer_id, page.limit + 1, before)
     answers = [booking.answer_of(reservation) for reservation in found]

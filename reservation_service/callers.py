@@ -12,7 +12,7 @@ from reservation_service.problems import Problem, unauthenticated
 
 AUDIENCE = "reservation-service"
 CUSTOMER_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE | re.ASCII)
+BEARER = re.compile(r"bearer +(.+)", re.IGNORECASE | re.ASCII)
 
 
 class Secrets(NamedTuple):

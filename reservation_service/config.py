@@ -94,7 +94,10 @@ def load() -> Settings:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         message = first["msg"].removeprefix("Value error, ")
-        raise ConfigurationError(f"{first['loc'][0]}: {message}") from None
+        # Pydantic names the variable where it read one, else the field.
+        named = str(first["loc"][0])
+        field = Settings.model_fields.get(named)
+        raise ConfigurationError(f"{(field and field.alias) or named}: {message}") from None
 
 
 def _from_file(name: str) -> str | None:

@@ -57,6 +57,7 @@ class _Server(BaseApplication):  # type: ignore[misc]
 
         pool = make_pool(self._settings.required("database_url"), THREADS_PER_WORKER)
         pool.open(wait=False)
+        self.cfg.set("worker_exit", lambda _server, _worker: pool.close())
         return create_app(
             self._settings,
             pool,
