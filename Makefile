@@ -7,6 +7,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 BROKERS ?= 1
+PORT ?= 8000
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 INSTALLED := .venv/installed
@@ -30,8 +31,8 @@ $(INSTALLED): pyproject.toml requirements/dev.txt
 demo: $(INSTALLED) ## book thousands of seats over HTTP and show them in the analysts' tables
 	@exec $(RUN) devstack demo
 
-up: $(INSTALLED) ## the same stack, kept up with the booking page at http://127.0.0.1:8000
-	@exec $(RUN) devstack up
+up: $(INSTALLED) ## the same stack, kept up with the booking page on 127.0.0.1:8000 (PORT=)
+	@exec $(RUN) devstack up --port $(PORT)
 
 stack: $(INSTALLED) ## databases, Kafka, migrations and topics in the foreground (BROKERS=1 or 3)
 	@exec $(RUN) devstack stack --brokers $(BROKERS)

@@ -14,6 +14,7 @@ from devstack.application import Application
 from devstack.demo import demo
 from devstack.processes import ConfigurationError, DevstackError
 from devstack.stack import EnvironmentFile, Stack
+from devstack.state import port_answers
 from devstack.steps import Steps
 
 PR_SET_PDEATHSIG = 1
@@ -26,6 +27,8 @@ def main() -> None:
 
 UP_PORT = 8000
 CHECK_INTERVAL_S = 1
+# As a shell counts a command that Ctrl-C ended: a demo that was cut off has shown nothing.
+INTERRUPTED = 130
 
 
 @main.command()
@@ -48,16 +51,19 @@ def stack(brokers: str) -> None:
 
 
 @main.command("demo")
-def run_demo() -> None:
+@click.option("--reservations", type=click.IntRange(100, 6_000), default=5_000, show_default=True)
+def run_demo(reservations: int) -> None:
     """Book thousands of seats over HTTP and follow them into the analysts' tables."""
-    with ending_well(), Steps() as steps:
-        demo(steps)
+    with ending_well(INTERRUPTED), Steps() as steps:
+        demo(steps, reservations)
 
 
 @main.command()
 @click.option("--port", type=click.IntRange(1, 65_535), default=UP_PORT, show_default=True)
 def up(port: int) -> None:
     """The whole product with demo data and its booking page, until Ctrl-C or SIGTERM."""
+    if port_answers(port):
+        fail(f"port {port} on 127.0.0.1 is taken; end what listens there, or: make up PORT=N", 2)
     with (
         ending_well(),
         Steps() as steps,
@@ -80,13 +86,13 @@ def up(port: int) -> None:
 
 
 @contextmanager
-def ending_well() -> Iterator[None]:
-    """Turn signals into an orderly end with exit 0, expected failures into a line and a code."""
+def ending_well(interrupted_code: int = 0) -> Iterator[None]:
+    """Turn signals into an orderly end with this code, expected failures into a line and a code."""
     interrupt_on_signals()
     try:
         yield
     except KeyboardInterrupt:
-        return
+        sys.exit(interrupted_code)
     except ConfigurationError as error:
         fail(str(error), 2)
     except (DevstackError, TimeoutError) as error:

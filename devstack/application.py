@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
-from devstack.processes import ConfigurationError, DevstackError, Process, succeed
+from devstack.processes import DevstackError, Process, succeed
 from devstack.stack import COMMAND_TIMEOUT_S, Stack
-from devstack.state import free_port, port_answers
+from devstack.state import free_port
 
 READY_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 12.0
@@ -39,13 +39,7 @@ class Application:
         succeed(self._stack.program("reservation_service", "seed-demo"), COMMAND_TIMEOUT_S)
 
     def serve(self, port: int = 0, *, workers: int = 2, hold_s: int = 600) -> str:
-        """Start a service whose holds last `hold_s` seconds; return its base URL when ready.
-
-        Raises:
-            ConfigurationError: the port is taken.
-        """
-        if port and port_answers(port):
-            raise ConfigurationError(f"port {port} on 127.0.0.1 is taken; end what listens there")
+        """Start a service whose holds last `hold_s` seconds; return its base URL when ready."""
         port = port or free_port()
         base_url = f"http://127.0.0.1:{port}"
         service = self._start(

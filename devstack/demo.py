@@ -19,7 +19,6 @@ from devstack.sightings import Sightings
 from devstack.stack import Stack
 from devstack.steps import Steps
 
-RESERVATIONS = 5_000
 CLIENTS = 16
 HOT_SEATS = 5
 CUSTOMERS_PER_HOT_SEAT = 50
@@ -65,7 +64,7 @@ WHERE held.event_type = 'reservation.held' GROUP BY 1 ORDER BY 2 DESC
 )
 
 
-def demo(steps: Steps) -> None:
+def demo(steps: Steps, reservations: int) -> None:
     """Start everything, book, show what the analysts see, compare, stop everything.
 
     Raises:
@@ -94,7 +93,7 @@ def demo(steps: Steps) -> None:
                 _rush(customers)
             began_s = time.monotonic()
             with steps.step("bookings"):
-                _book(customers, application, steps.console)
+                _book(customers, reservations, application, steps.console)
             elapsed_s = time.monotonic() - began_s
             with steps.step("the analysts' tables hold every booking"):
                 _await_tables(customers.told, environment, sightings)
@@ -130,24 +129,35 @@ def _rush(customers: Customers) -> None:
             raise DevstackError(f"{winners} customers got seat {seat_id}; it should be one")
 
 
-def _book(customers: Customers, application: Application, console: Console) -> None:
+def _book(customers: Customers, wanted: int, application: Application, console: Console) -> None:
     failures: list[BaseException] = []
 
     def book() -> None:
         try:
-            customers.book(RESERVATIONS, CLIENTS)
+            customers.book(wanted, CLIENTS)
         except Exception as error:  # noqa: BLE001 - raised below, in the main thread
             failures.append(error)
 
     booking = threading.Thread(target=book, daemon=True)
     booking.start()
-    _follow(booking, lambda: len(customers.told.status_by_reservation), application, console)
+    _follow(
+        booking,
+        lambda: len(customers.told.status_by_reservation),
+        wanted,
+        application=application,
+        console=console,
+    )
     if failures:
         raise DevstackError(f"a customer gave up: {failures[0]}")
 
 
 def _follow(
-    booking: threading.Thread, done: Callable[[], int], application: Application, console: Console
+    booking: threading.Thread,
+    done: Callable[[], int],
+    wanted: int,
+    *,
+    application: Application,
+    console: Console,
 ) -> None:
     """Show the progress until the thread ends: a bar, or lines where no bar can be drawn."""
     said_s = time.monotonic()
@@ -160,13 +170,13 @@ def _follow(
         transient=True,
         disable=not console.is_terminal,
     ) as progress:
-        task = progress.add_task("booking", total=RESERVATIONS)
+        task = progress.add_task("booking", total=wanted)
         while booking.is_alive():
             booking.join(PROGRESS_INTERVAL_S)
             progress.update(task, completed=done())
             if not console.is_terminal and time.monotonic() - said_s > LINE_INTERVAL_S:
                 said_s = time.monotonic()
-                console.print(f"  … {done()} of {RESERVATIONS} reservations", highlight=False)
+                console.print(f"  … {done()} of {wanted} reservations", highlight=False)
             application.check_alive()
 
 

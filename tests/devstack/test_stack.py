@@ -42,16 +42,6 @@ def script(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.fixture
-def own_home(tmp_path: Path) -> Path:
-    """A state folder with the jars of the shared cache."""
-    shared = Path(os.environ.get("DEVSTACK_HOME") or REPOSITORY / ".devstack") / "cache"
-    shared.mkdir(parents=True, exist_ok=True)
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "cache").symlink_to(shared)
-    return tmp_path / "home"
-
-
-@pytest.fixture
 def start_stack(own_home: Path, tmp_path: Path) -> Iterator[StartStack]:
     """Starts a stack and returns when it has printed `ready`."""
     with ExitStack() as cleanup:
