@@ -13,15 +13,14 @@ import click
 import psycopg
 from confluent_kafka import KafkaException
 from psycopg.rows import dict_row
-from sqlalchemy.exc import SQLAlchemyError
 
-import migrations
 from data_platform import config, logs, sql
 from data_platform.consumer import Source
 from data_platform.events import decode_reservation_event
 from data_platform.health import Health
 from data_platform.loader import APPLICATION_NAME, CONNECT_TIMEOUT_S, Loader
-from data_platform.status import Status, StatusError, read_status
+from data_platform.status import Status, read_status
+from data_platform.topics import Topics
 from data_platform.worker import Worker
 
 
@@ -45,9 +44,9 @@ def _clear_errors() -> Iterator[None]:
         yield
     except config.ConfigurationError as error:
         raise WrongConfigurationError(str(error)) from error
-    except (psycopg.Error, SQLAlchemyError) as error:
+    except psycopg.Error as error:
         raise CommandError(f"Postgres: {error}") from error
-    except (KafkaException, StatusError) as error:
+    except KafkaException as error:
         raise CommandError(f"Kafka: {error}") from error
 
 
@@ -60,10 +59,19 @@ def main() -> None:
 @main.command()
 def migrate() -> None:
     """Bring the analytics database's schema up to date (ANALYTICS_OWNER_DATABASE_URL)."""
+    # Alembic and SQLAlchemy only here: the other commands start sooner without.
+    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415
+
+    import migrations  # noqa: PLC0415
+
     with _clear_errors():
         settings = config.load(config.OwnerSettings)
         logs.set_up(settings.log_level)
-        migrations.upgrade("analytics", settings.analytics_owner_database_url.get_secret_value())
+        try:
+            url = settings.analytics_owner_database_url.get_secret_value()
+            migrations.upgrade("analytics", url)
+        except SQLAlchemyError as error:
+            raise CommandError(f"Postgres: {error}") from error
 
 
 @main.command()
@@ -86,7 +94,7 @@ def _source(settings: config.Settings) -> Source:
     try:
         return Source(
             {**settings.consumer_properties(), "logger": logger},
-            {**settings.client_properties(), "logger": logger},
+            Topics({**settings.client_properties(), "logger": logger}),
             [settings.data_platform_reservation_topic],
             batch_rows=settings.data_platform_batch_rows,
             batch_bytes=settings.data_platform_batch_bytes,
@@ -117,7 +125,7 @@ def status(*, as_json: bool) -> None:
         logger = getLogger("librdkafka")
         found = read_status(
             settings.analytics_database_url.get_secret_value(),
-            {**settings.client_properties(), "logger": logger},
+            Topics({**settings.client_properties(), "logger": logger}),
             {**settings.consumer_properties(), "logger": logger},
             [settings.data_platform_reservation_topic],
         )

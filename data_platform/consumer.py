@@ -12,33 +12,27 @@ but not placed, and polling keeps the membership alive.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
-from confluent_kafka import (
-    Consumer,
-    KafkaError,
-    KafkaException,
-    Message,
-    TopicCollection,
-    TopicPartition,
-)
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from data_platform.batch import Slice
-from data_platform.errors import KafkaTroubleError
+from data_platform.errors import PlaceLostError
+from data_platform.topics import StoredOffset, Topics, topic_id_in
 
-KAFKA_CALL_TIMEOUT_S = 5.0
-CHECK_INTERVAL_S = 10.0
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
 # A transaction marker alone moves the offset at most this often.
 MARKER_INTERVAL_S = 0.2
+# While Kafka is away and nothing comes, ask so often whether it is back.
+PROBE_INTERVAL_S = 1.0
 CHUNK_RECORDS = 500
 
 LOST_PLACE = frozenset(
-    {KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE}  # noqa: SLF001 - their public names
+    {KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE}  # noqa: SLF001 - public names
 )
 
 log = structlog.get_logger()
@@ -49,13 +43,6 @@ class Partition(NamedTuple):
 
     topic: str
     partition: int
-
-
-class StoredOffset(NamedTuple):
-    """Where Postgres stands in a partition."""
-
-    next_offset: int
-    topic_id: str
 
 
 @dataclass
@@ -72,12 +59,12 @@ Claim = Callable[[str, str, Sequence[int]], Mapping[int, StoredOffset]]
 
 
 class Source:
-    """The records of `topics` that this member of the group has to load.
+    """The records of `names` that this member of the group has to load.
 
     Args:
         consumer: librdkafka properties of the consumer.
-        admin: librdkafka properties of the admin client.
-        topics: what to consume.
+        topics: asks Kafka about topics.
+        names: the topics to consume.
         batch_rows: a batch has about this many records at most,
         batch_bytes: and about this many bytes of keys and values.
     """
@@ -85,8 +72,8 @@ class Source:
     def __init__(
         self,
         consumer: Mapping[str, Any],
-        admin: Mapping[str, Any],
-        topics: Sequence[str],
+        topics: Topics,
+        names: Sequence[str],
         *,
         batch_rows: int,
         batch_bytes: int,
@@ -94,19 +81,19 @@ class Source:
         self._consumer = Consumer(
             {**consumer, "error_cb": self._on_client_error, "on_commit": _on_commit}
         )
-        # Referenced as long as we live: a collected AdminClient drops its futures.
-        self._admin = AdminClient(dict(admin))
-        self._topics = list(topics)
+        self._topics = topics
+        self._names = list(names)
         self._batch_rows = batch_rows
         self._batch_bytes = batch_bytes
         self._subscribed = False
         self._granted: set[Partition] = set()
         self._placed: dict[Partition, Place] = {}
         self._slices: dict[Partition, Slice] = {}
-        self._descriptions: dict[str, Future[Any]] = {}
-        self._check_at = 0.0
+        self._described: dict[str, Future[Any]] = {}
         self._markers_at = 0.0
         self._away = False
+        self._probe: Future[Any] | None = None
+        self._probe_at = 0.0
         self.stopped: dict[Partition, str] = {}
 
     # ---- which partitions, and where they begin
@@ -118,106 +105,46 @@ class Source:
             KafkaTroubleError, KafkaException: a topic doesn't exist or Kafka doesn't answer.
         """
         if not self._subscribed:
-            for topic in self._topics:
-                self._topic_id(topic)
+            for name in self._names:
+                self._topics.topic_id(name)
             self._consumer.subscribe(
-                self._topics, on_assign=self._on_assign, on_revoke=self._on_revoke
+                self._names, on_assign=self._on_assign, on_revoke=self._on_revoke
             )
             self._subscribed = True
-        self._check_topics()
-        for topic in self._topics:
-            waiting = [p for p in sorted(self._granted) if p.topic == topic and self._due(p)]
+        for name in self._names:
+            waiting = [p for p in sorted(self._granted) if p.topic == name and self._due(p)]
             if waiting:
-                self._place(topic, waiting, claim)
+                self._place(name, waiting, claim)
 
     def _due(self, partition: Partition) -> bool:
         return partition not in self._placed and partition not in self.stopped
 
-    def _place(self, topic: str, partitions: Sequence[Partition], claim: Claim) -> None:
-        topic_id = self._topic_id(topic)
-        stored = claim(topic, topic_id, [partition.partition for partition in partitions])
+    def _place(self, name: str, partitions: Sequence[Partition], claim: Claim) -> None:
+        topic = self._topics.look(name)
+        stored = claim(name, topic.topic_id, [partition.partition for partition in partitions])
+        begin = {}
         for partition in partitions:
             offset = stored[partition.partition]
-            fault = self._fault(partition, topic_id, offset)
+            fault = topic.fault(partition.partition, offset)
             if fault:
-                self._stop(partition, fault)
-                continue
-            self._consumer.incremental_assign([TopicPartition(*partition, offset.next_offset)])
-            self._placed[partition] = Place(topic_id, offset.next_offset, offset.next_offset)
-            log.info("partition_placed", **partition._asdict(), next_offset=offset.next_offset)
+                log.error("partition_stopped", **partition._asdict(), fault=fault)
+                self.stopped[partition] = fault
+            else:
+                begin[partition] = offset.next_offset
+        self._consumer.incremental_assign([TopicPartition(*p, at) for p, at in begin.items()])
+        self._placed |= {p: Place(topic.topic_id, at, at) for p, at in begin.items()}
+        log.info("partitions_placed", topic=name, at={p.partition: at for p, at in begin.items()})
 
-    def _fault(self, partition: Partition, topic_id: str, stored: StoredOffset) -> str | None:
-        """Why this partition can't be read without losing or mixing up something, or None."""
-        if stored.topic_id != topic_id:
-            return (
-                f"the topic was made anew: loaded up to {stored.next_offset} of topic id "
-                f"{stored.topic_id}, Kafka now has {topic_id}"
-            )
-        marks = self._consumer.get_watermark_offsets(
-            TopicPartition(*partition), timeout=KAFKA_CALL_TIMEOUT_S
-        )
-        if marks is None:
-            raise KafkaTroubleError(f"no watermarks of {partition.topic} {partition.partition}")
-        low, high = marks
-        if low > stored.next_offset:
-            return f"records {stored.next_offset} to {low - 1} were deleted before they were loaded"
-        if high < stored.next_offset:
-            return f"the partition ends at {high}, but {stored.next_offset} records were loaded"
-        return None
+    def forget(self) -> None:
+        """Drop what was read and not loaded.
 
-    def _stop(self, partition: Partition, fault: str) -> None:
-        log.error("partition_stopped", **partition._asdict(), fault=fault)
-        self.stopped[partition] = fault
-
-    def _topic_id(self, topic: str) -> str:
-        described = self._admin.describe_topics(
-            TopicCollection([topic]), request_timeout=KAFKA_CALL_TIMEOUT_S
-        )
-        try:
-            return str(described[topic].result(KAFKA_CALL_TIMEOUT_S + 1).topic_id)
-        except FutureTimeoutError as error:
-            raise KafkaTroubleError(f"Kafka doesn't describe topic {topic}") from error
-        except KafkaException as error:
-            if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
-                raise KafkaTroubleError(f"topic {topic} doesn't exist (yet)") from error
-            raise
-
-    def _check_topics(self) -> None:
-        """Now and then look, without waiting, whether each topic is still the same one."""
-        now = time.monotonic()
-        if not self._descriptions and now >= self._check_at:
-            self._check_at = now + CHECK_INTERVAL_S
-            self._admin.poll(0)
-            self._descriptions = self._admin.describe_topics(
-                TopicCollection(self._topics), request_timeout=KAFKA_CALL_TIMEOUT_S
-            )
-        if self._descriptions and all(future.done() for future in self._descriptions.values()):
-            descriptions, self._descriptions = self._descriptions, {}
-            for topic, future in descriptions.items():
-                if future.exception() is None:
-                    self._note_answer()
-                    self._forget_other_than(topic, str(future.result().topic_id))
-
-    def _forget_other_than(self, topic: str, topic_id: str) -> None:
-        self.forget(
-            [
-                partition
-                for partition, place in self._placed.items()
-                if partition.topic == topic and place.topic_id != topic_id
-            ]
-        )
-
-    def forget(self, partitions: Sequence[Partition] | None = None) -> None:
-        """Drop what was read and not loaded of `partitions` (default: all).
-
-        They are placed again by Postgres' offsets with the next `settle`.
+        The partitions are placed again, by Postgres' offsets, with the next `settle`.
         """
-        placed = [p for p in (partitions or list(self._placed)) if p in self._placed]
-        for partition in placed:
-            del self._placed[partition]
-            self._slices.pop(partition, None)
+        placed = [TopicPartition(*partition) for partition in self._placed]
+        self._placed.clear()
+        self._slices.clear()
         if placed:
-            self._consumer.incremental_unassign([TopicPartition(*p) for p in placed])
+            self._consumer.incremental_unassign(placed)
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         # An empty assignment acknowledges the rebalance; `settle` assigns with offsets.
@@ -226,8 +153,8 @@ class Source:
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         revoked = [Partition(p.topic, p.partition) for p in partitions]
-        known = [TopicPartition(*p) for p in revoked if p in self._placed]
-        consumer.incremental_unassign(known)
+        placed = [TopicPartition(*p) for p in revoked if p in self._placed]
+        consumer.incremental_unassign(placed)
         for partition in revoked:
             self._granted.discard(partition)
             self._placed.pop(partition, None)
@@ -242,6 +169,7 @@ class Source:
 
         Empty when nothing came. After an exception call `forget`: records may be lost here.
         """
+        self._ask_whether_back()
         self._slices = {}
         messages = self._consumer.consume(1, wait_s)
         rows = size_bytes = 0
@@ -252,7 +180,26 @@ class Source:
             if rows >= self._batch_rows or size_bytes >= self._batch_bytes:
                 break
             messages = self._consumer.consume(min(CHUNK_RECORDS, self._batch_rows), 0)
-        return list(self._slices.values()) or self._moved_by_markers()
+        slices = list(self._slices.values()) or self._moved_by_markers()
+        # Asked after the records came, so that the answer vouches for them; `confirm` takes it.
+        self._described = {
+            name: self._topics.describe(name) for name in {part.topic for part in slices}
+        }
+        return slices
+
+    def confirm(self, slices: Sequence[Slice]) -> None:
+        """Make sure that `slices` came from the topics that Postgres has loaded from.
+
+        A topic made anew under its old name gives no error while the offset exists in it.
+
+        Raises:
+            PlaceLostError: they did not.
+            KafkaTroubleError, KafkaException: Kafka doesn't tell.
+        """
+        ids = {name: topic_id_in(asked, name) for name, asked in self._described.items()}
+        for part in slices:
+            if ids[part.topic] != part.topic_id:
+                raise PlaceLostError(f"{part.topic} is now {ids[part.topic]}, not {part.topic_id}")
 
     def _take(self, message: Message) -> int:
         """Put a record into its slice; return its size in bytes."""
@@ -276,15 +223,14 @@ class Source:
     def _take_error(
         self, partition: Partition, place: Place | None, error: KafkaError, offset: int
     ) -> None:
-        if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - its public name
+        if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - a public name
             self._note_answer()
             if place is not None and offset > place.reached:
                 place.reached = offset
             if place is not None and partition in self._slices:
                 self._slices[partition].next_offset = place.reached
         elif error.code() in LOST_PLACE:
-            log.error("offset_not_in_kafka", **partition._asdict(), error=error.str())
-            self.forget([partition])
+            raise PlaceLostError(f"{partition}: {error.str()}")
         else:
             self._on_client_error(error)
 
@@ -306,6 +252,7 @@ class Source:
             error = message.error()
             if error is not None:
                 self._on_client_error(error)
+        self._ask_whether_back()
 
     # ---- afterwards
 
@@ -329,6 +276,17 @@ class Source:
         if not self._away:
             log.warning("kafka_trouble", error=error.str(), code=error.name())
         self._away = True
+
+    def _ask_whether_back(self) -> None:
+        if not self._away:
+            return
+        if self._probe is None and time.monotonic() >= self._probe_at:
+            self._probe = self._topics.describe(self._names[0])
+            self._probe_at = time.monotonic() + PROBE_INTERVAL_S
+        if self._probe is not None and self._probe.done():
+            if self._probe.exception() is None:
+                self._note_answer()
+            self._probe = None
 
     def _note_answer(self) -> None:
         if self._away:

@@ -25,6 +25,10 @@ class MostlyRefusedError(Exception):
     """Postgres refuses most of what comes: it's us, not the records. Nothing is put aside."""
 
 
+class PlaceLostError(Exception):
+    """Postgres or Kafka no longer stands where the batch begins: drop it and look again."""
+
+
 class KafkaTroubleError(Exception):
     """Kafka doesn't have, or doesn't tell, what is needed to go on; it may later."""
 
@@ -52,6 +56,10 @@ def _unnamed_check(error: BaseException) -> bool:
     return isinstance(error, pg.CheckViolation) and not error.diag.constraint_name
 
 
+def _unsent(error: BaseException) -> bool:
+    return isinstance(error, psycopg.DataError) and error.sqlstate is None
+
+
 def _fatal_in_kafka(error: BaseException) -> bool:
     return isinstance(error, KafkaException) and bool(error.args[0].fatal())
 
@@ -61,12 +69,11 @@ TABLE = (
     Rule(_sqlstate("23503"), Cure.WAIT, "the referenced row may still come"),
     Rule(_unnamed_check, Cure.WAIT, "no constraint's name: a partition is missing"),
     Rule(_sqlstate("22", "23", "54"), Cure.DEAD_LETTER, "the value doesn't fit the table"),
-    Rule(_sqlstate("08", "40", "53", "55", "57", "42"), Cure.WAIT, "server, locks, schema, rights"),
-    Rule(_sqlstate("0", "1", "2", "3", "4", "5", "F", "H", "P", "X"), Cure.WAIT, "the server's"),
-    Rule(_is(psycopg.DataError), Cure.DEAD_LETTER, "psycopg couldn't send the value (NUL)"),
+    Rule(_sqlstate("08", "40", "42", "53", "55", "57"), Cure.WAIT, "server, schema, rights, locks"),
+    Rule(_unsent, Cure.DEAD_LETTER, "without an SQLSTATE: psycopg couldn't send the value (NUL)"),
     Rule(_is(UnicodeEncodeError), Cure.DEAD_LETTER, "a lone surrogate can't be sent"),
     Rule(_is(RecursionError), Cure.DEAD_LETTER, "nested deeper than can be read"),
-    Rule(_is(psycopg.Error), Cure.WAIT, "without an SQLSTATE: the connection"),
+    Rule(_is(psycopg.Error), Cure.WAIT, "the connection, and whatever else the server says"),
     Rule(_fatal_in_kafka, Cure.END, "librdkafka can't go on with this client"),
     Rule(_is(KafkaException, KafkaTroubleError), Cure.WAIT, "brokers, coordinator, rights, topic"),
 )

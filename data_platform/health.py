@@ -29,7 +29,9 @@ class Health:
         self.dead_letters = self._counter("dead_letters", "Records put into dead_letters")
         self.batches = self._counter("batches", "Transactions committed")
         self.waits = self._counter("waits", "Times the loop backed off from an outage")
-        self.moved = self._counter("offset_conflicts", "Batches dropped: another worker was first")
+        self.places_lost = self._counter(
+            "places_lost", "Batches dropped: Postgres or Kafka stood elsewhere"
+        )
         self.waiting = Gauge(
             "data_platform_waiting",
             "1 while an outage is waited out",

@@ -23,8 +23,8 @@ from psycopg.types.json import Jsonb
 
 from data_platform import sql
 from data_platform.batch import BadRecord, Decoded, Row, Slice, headers_as_json, printable
-from data_platform.consumer import StoredOffset
-from data_platform.errors import Cure, MostlyRefusedError, cure_of
+from data_platform.errors import Cure, MostlyRefusedError, PlaceLostError, cure_of
+from data_platform.topics import StoredOffset
 
 APPLICATION_NAME = "data-platform"
 CONNECT_TIMEOUT_S = 5
@@ -37,10 +37,6 @@ REFUSED_MINIMUM_RECORDS = 100
 log = structlog.get_logger()
 
 Connection = psycopg.Connection[TupleRow]
-
-
-class OffsetsMovedError(Exception):
-    """Somebody else has loaded these partitions, or the connection died after its commit."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,7 @@ class Loader:
         """Load a batch and move its partitions' offsets, in one transaction.
 
         Raises:
-            OffsetsMovedError: Postgres doesn't stand where the batch begins; nothing happened.
+            PlaceLostError: Postgres doesn't stand where the batch begins; nothing happened.
             MostlyRefusedError: Postgres refuses most of the records; nothing happened.
             psycopg.Error: nothing happened, or (a connection lost in COMMIT) all of it.
         """
@@ -187,7 +183,7 @@ class Loader:
                 with connection.transaction():
                     yield connection
         except BaseException as error:
-            if not isinstance(error, OffsetsMovedError) and cure_of(error) is not Cure.DEAD_LETTER:
+            if not isinstance(error, PlaceLostError) and cure_of(error) is not Cure.DEAD_LETTER:
                 self._disconnect()
             raise
 
@@ -270,7 +266,7 @@ def _lock(connection: Connection, slices: Sequence[Slice]) -> None:
     for part in slices:
         expected = part.first_offset, part.topic_id
         if stored.get((part.topic, part.partition)) != expected:
-            raise OffsetsMovedError(
+            raise PlaceLostError(
                 f"{part.topic} {part.partition}: expected {expected}, "
                 f"Postgres has {stored.get((part.topic, part.partition))}"
             )
@@ -311,7 +307,7 @@ def _move(connection: Connection, batch: Decoded) -> None:
         },
     ).rowcount
     if moved != len(batch.slices):
-        raise OffsetsMovedError(f"{moved} of {len(batch.slices)} offsets moved")
+        raise PlaceLostError(f"{moved} of {len(batch.slices)} offsets moved")
 
 
 def _names(slices: Sequence[Slice]) -> dict[str, Any]:

@@ -8,32 +8,18 @@ late.
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import psycopg
-from confluent_kafka import (
-    Consumer,
-    IsolationLevel,
-    KafkaError,
-    KafkaException,
-    TopicCollection,
-    TopicPartition,
-)
-from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
+from confluent_kafka import Consumer, TopicPartition
 
 from data_platform import sql
+from data_platform.errors import KafkaTroubleError
 from data_platform.loader import APPLICATION_NAME, CONNECT_TIMEOUT_S
+from data_platform.topics import StoredOffset, Topics
 
-KAFKA_TIMEOUT_S = 10.0
 PEEK_TIMEOUT_S = 5.0
-EARLIEST = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
-LATEST = OffsetSpec.latest()  # type: ignore[no-untyped-call]
-
-
-class StatusError(Exception):
-    """Kafka doesn't tell what is asked for; the message is for the operator."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +49,14 @@ class Status:
 
 
 def read_status(
-    database_url: str,
-    client: Mapping[str, Any],
-    consumer: Mapping[str, Any],
-    topics: Sequence[str],
+    database_url: str, topics: Topics, consumer: Mapping[str, Any], names: Sequence[str]
 ) -> Status:
     """Compare Postgres' offsets with Kafka's.
 
     Raises:
         psycopg.Error: Postgres can't be reached, or is not migrated.
-        StatusError, KafkaException: Kafka doesn't answer.
+        KafkaException: Kafka doesn't answer.
     """
-    admin = AdminClient(dict(client))
     partitions: list[PartitionStatus] = []
     problems: list[str] = []
     with psycopg.connect(
@@ -84,12 +66,13 @@ def read_status(
         connect_timeout=CONNECT_TIMEOUT_S,
     ) as connection:
         connection.execute(sql.STATUS_SESSION)
-        for topic in topics:
-            rows = connection.execute(sql.READ_OFFSETS, {"topic": topic}).fetchall()
-            stored = {row[0]: (row[1], row[2]) for row in rows}
-            found, faults = _topic_status(admin, topic, stored)
-            partitions += found
-            problems += faults
+        for name in names:
+            rows = connection.execute(sql.READ_OFFSETS, {"topic": name}).fetchall()
+            stored = {row[0]: StoredOffset(row[1], row[2]) for row in rows}
+            try:
+                _add_topic(name, topics, stored, partitions, problems)
+            except KafkaTroubleError as error:
+                problems.append(str(error))
         counted = connection.execute(sql.COUNT_DEAD_LETTERS).fetchone()
     return Status(
         partitions,
@@ -100,52 +83,20 @@ def read_status(
     )
 
 
-def _topic_status(
-    admin: AdminClient, topic: str, stored: Mapping[int, tuple[int, str]]
-) -> tuple[list[PartitionStatus], list[str]]:
-    described = admin.describe_topics(TopicCollection([topic]), request_timeout=KAFKA_TIMEOUT_S)
-    try:
-        description = _result(described[topic])
-    except KafkaException as error:
-        if error.args[0].code() == KafkaError.UNKNOWN_TOPIC_OR_PART:
-            return [], [f"topic {topic} doesn't exist"]
-        raise
-    numbers = sorted(partition.id for partition in description.partitions)
-    first = _offsets(admin, topic, numbers, EARLIEST)
-    end = _offsets(admin, topic, numbers, LATEST)
-    partitions, problems = [], []
-    for number in numbers:
-        next_offset, topic_id = stored.get(number, (0, str(description.topic_id)))
-        lag = max(0, end[number] - max(next_offset, first[number]))
-        partitions.append(PartitionStatus(topic, number, next_offset, end[number], lag))
-        name = f"{topic} partition {number}"
-        if topic_id != str(description.topic_id) and next_offset > 0:
-            problems.append(f"{name}: the topic was made anew under its old name")
-        elif first[number] > next_offset:
-            problems.append(
-                f"{name}: records {next_offset} to {first[number] - 1} were deleted unloaded"
-            )
-        elif end[number] < next_offset:
-            problems.append(f"{name}: ends at {end[number]}, before what was loaded")
-    return partitions, problems
-
-
-def _offsets(
-    admin: AdminClient, topic: str, numbers: Sequence[int], which: OffsetSpec
-) -> dict[int, int]:
-    asked = admin.list_offsets(
-        {TopicPartition(topic, number): which for number in numbers},
-        isolation_level=IsolationLevel.READ_COMMITTED,
-        request_timeout=KAFKA_TIMEOUT_S,
-    )
-    return {place.partition: _result(future).offset for place, future in asked.items()}
-
-
-def _result(future: Any) -> Any:
-    try:
-        return future.result(KAFKA_TIMEOUT_S + 1)
-    except FutureTimeoutError as error:
-        raise StatusError(f"Kafka didn't answer within {KAFKA_TIMEOUT_S:g} s") from error
+def _add_topic(
+    name: str,
+    topics: Topics,
+    stored: Mapping[int, StoredOffset],
+    partitions: list[PartitionStatus],
+    problems: list[str],
+) -> None:
+    topic = topics.look(name)
+    for number, span in topic.spans.items():
+        place = stored.get(number, StoredOffset(0, topic.topic_id))
+        lag = max(0, span.end - max(place.next_offset, span.first))
+        partitions.append(PartitionStatus(name, number, place.next_offset, span.end, lag))
+        if fault := topic.fault(number, place):
+            problems.append(f"{name} partition {number}: {fault}")
 
 
 def _lag_seconds(late: Sequence[PartitionStatus], properties: Mapping[str, Any]) -> float:

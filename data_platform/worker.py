@@ -15,10 +15,10 @@ import structlog
 
 from data_platform.batch import decode
 from data_platform.consumer import Source
-from data_platform.errors import Cure, cure_of
+from data_platform.errors import Cure, PlaceLostError, cure_of
 from data_platform.events import Decoder
 from data_platform.health import Health
-from data_platform.loader import Loaded, Loader, OffsetsMovedError
+from data_platform.loader import Loaded, Loader
 
 POLL_WAIT_S = 0.2
 FIRST_WAIT_S = 0.1
@@ -62,14 +62,15 @@ class Worker:
             slices = self._source.fetch(POLL_WAIT_S)
             if slices:
                 batch = decode(slices, self._decoders)
+                self._source.confirm(slices)
                 with self._health.load_seconds.time():
                     loaded = self._loader.load(batch)
                 self._source.commit(loaded.slices)
                 self._count(loaded)
             self._recovered()
-        except OffsetsMovedError as error:
-            log.info("offsets_moved", what=str(error))
-            self._health.moved.inc()
+        except PlaceLostError as error:
+            log.info("place_lost", what=str(error))
+            self._health.places_lost.inc()
             self._source.forget()
         except Exception as error:
             if cure_of(error) is not Cure.WAIT:

@@ -1,0 +1,106 @@
+"""A bad record is put aside byte for byte; everything around it is loaded."""
+
+import base64
+import json
+from typing import Any
+
+from tests.data_platform.conftest import Platform
+from tests.data_platform.histories import event, expected_facts, expected_states, history
+from tests.data_platform.test_events import BAD_VALUES
+from tests.waiting import wait_until
+
+
+def test_bad_records_are_put_aside_byte_for_byte_and_all_else_is_loaded(
+    platform: Platform,
+) -> None:
+    good = history(300, seed=5)
+    bad: list[tuple[bytes | None, bytes | None, str]] = [
+        (b"r-1", value, reason) for value, reason in BAD_VALUES
+    ] + [
+        (None, event("r-1").value, "key"),
+        (b"", event("r-1").value, "key"),
+        (b"r-2", event("r-1").value, "key"),
+        (b"\xff\x00", event("r-1").value, "key"),
+        (None, None, "null-value"),
+        (b"", b"", "not-json"),
+        (None, b"\x00" * 900_000, "not-json"),
+    ]
+    headers: list[tuple[str, str | bytes | None]] = [("a", b"\x00\xff"), ("b", None), ("a", b"")]
+    for number, (key, value, _) in enumerate(bad):
+        platform.produce(good[number * 10 : number * 10 + 10])
+        platform.produce_raw([(key, value)], partition=3, headers=headers)
+    platform.produce(good[len(bad) * 10 :])
+    platform.worker()
+    platform.wait_for_offsets(len(good) + len(bad))
+
+    stored_headers = [["a", "AP8="], ["b", None], ["a", ""]]
+    assert platform.dead_letters() == [
+        (key, value, stored_headers, reason) for key, value, reason in bad
+    ]
+    assert platform.facts() == expected_facts(good)
+    assert platform.states() == expected_states(good)
+    assert platform.status()["dead_letters"] == len(bad)
+
+
+def test_a_topic_of_nothing_but_bad_records_is_put_aside_whole(platform: Platform) -> None:
+    platform.produce_raw(((b"k", b"bad %d" % number) for number in range(300)), partition=0)
+    platform.worker()
+    platform.wait_for_offsets(300)
+    assert [value for _, value, _, _ in platform.dead_letters()] == [
+        b"bad %d" % number for number in range(300)
+    ]
+
+
+def test_what_only_postgres_refuses_is_found_by_bisection(platform: Platform) -> None:
+    platform.execute(
+        "ALTER TABLE analytics.fct_reservations"
+        " ADD CONSTRAINT nobody_called_x CHECK (customer_id <> 'x')"
+    )
+    good = history(200, seed=6)
+    refused = [event(customer_id="x") for _ in range(7)]
+    platform.produce([*good[:100], *refused[:3], *good[100:], *refused[3:]])
+    platform.worker()
+    platform.wait_for_offsets(len(good) + len(refused))
+
+    assert platform.facts() == expected_facts(good)
+    assert platform.states() == expected_states(good)
+    assert sorted((key, value) for key, value, _, _ in platform.dead_letters()) == sorted(
+        (one.key, one.value) for one in refused
+    )
+    assert {reason for _, _, _, reason in platform.dead_letters()} == {"refused"}
+
+
+def test_when_postgres_refuses_most_records_the_worker_stops_and_puts_nothing_aside(
+    platform: Platform,
+) -> None:
+    platform.execute(
+        "ALTER TABLE analytics.fct_reservations ADD CONSTRAINT our_fault CHECK (amount < 0)"
+    )
+    events = history(200, seed=8)
+    platform.produce(events)
+    worker = platform.worker()
+    wait_until(lambda: "MostlyRefusedError" in worker.log.read_text(), 30, "the worker to say so")
+    assert platform.dead_letters() == []
+
+    platform.execute("ALTER TABLE analytics.fct_reservations DROP CONSTRAINT our_fault")
+    platform.wait_for_offsets(len(events))
+    assert worker.alive
+    assert platform.facts() == expected_facts(events)
+    assert platform.dead_letters() == []
+
+
+def test_dead_letters_can_be_listed_and_shown(platform: Platform) -> None:
+    platform.produce_raw([(None, b"\x00bad")], partition=2)
+    platform.worker()
+    platform.wait_for_offsets(1)
+
+    listed = json.loads(platform.command("dead-letters", "list").stdout)
+    assert (listed["kafka_partition"], listed["reason"]) == (2, "not-json")
+    shown: dict[str, Any] = json.loads(
+        platform.command("dead-letters", "show", platform.topic, "2", "0").stdout
+    )
+    assert shown["raw_key"] is None
+    assert base64.b64decode(shown["raw_value"]) == b"\x00bad"
+    missing = platform.command("dead-letters", "show", platform.topic, "2", "1")
+    assert missing.returncode == 1
+    assert len(missing.stderr.splitlines()) == 1

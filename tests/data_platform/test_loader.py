@@ -1,0 +1,210 @@
+"""The transaction by itself: compare-and-swap, frozen rivals, plans."""
+
+import signal
+from collections.abc import Iterator, Sequence
+
+import psycopg
+import pytest
+from confluent_kafka import Message
+
+from data_platform import sql
+from data_platform.batch import Decoded, Slice, decode
+from data_platform.errors import PlaceLostError
+from data_platform.events import decode_reservation_event
+from data_platform.loader import APPLICATION_NAME, Loader
+from data_platform.topics import StoredOffset
+from tests.data_platform.conftest import Platform
+from tests.data_platform.histories import FACTS, STATES, Event, event, history
+from tests.databases import AnalyticsDatabase
+from tests.waiting import wait_until
+
+TOPIC, TOPIC_ID = "t", "id-1"
+
+
+@pytest.fixture
+def loader(analytics_database: AnalyticsDatabase) -> Iterator[Loader]:
+    """A loader that has claimed partition 0."""
+    one = Loader(analytics_database.loader_url)
+    assert one.claim(TOPIC, TOPIC_ID, [0]) == {0: StoredOffset(0, TOPIC_ID)}
+    yield one
+    one.close()
+
+
+def batch(events: Sequence[Event], first: int = 0, topic_id: str = TOPIC_ID) -> Decoded:
+    """A batch of partition 0 that begins at `first`."""
+    messages = [
+        Message(topic=TOPIC, partition=0, offset=first + n, key=one.key, value=one.value)
+        for n, one in enumerate(events)
+    ]
+    part = Slice(TOPIC, 0, topic_id, first, first + len(events), messages)
+    return decode([part], {TOPIC: decode_reservation_event})
+
+
+def test_a_batch_that_begins_elsewhere_than_postgres_stands_changes_nothing(
+    loader: Loader, analytics_database: AnalyticsDatabase
+) -> None:
+    first = event("r-1")
+    assert loader.load(batch([first])).new_events == 1
+    for stale in (
+        batch([event("r-2")]),
+        batch([event("r-2")], 5),
+        batch([event("r-2")], 1, "id-2"),
+    ):
+        with pytest.raises(PlaceLostError):
+            loader.load(stale)
+    with psycopg.connect(analytics_database.owner_url) as connection:
+        assert connection.execute(FACTS).fetchall() == [first.fact]
+        assert connection.execute(STATES).fetchall() == [first.state]
+    assert loader.claim(TOPIC, TOPIC_ID, [0]) == {0: StoredOffset(1, TOPIC_ID)}
+    assert loader.load(batch([event("r-2")], 1)).new_events == 1
+
+
+def test_a_stale_dead_letter_is_not_put_aside_either(
+    loader: Loader, analytics_database: AnalyticsDatabase
+) -> None:
+    bad = Message(topic=TOPIC, partition=0, offset=7, value=b"bad")
+    part = Slice(TOPIC, 0, TOPIC_ID, 7, 8, [bad])
+    with pytest.raises(PlaceLostError):
+        loader.load(decode([part], {TOPIC: decode_reservation_event}))
+    with psycopg.connect(analytics_database.owner_url) as connection:
+        assert connection.execute(sql.COUNT_DEAD_LETTERS).fetchone() == (0,)
+
+
+def test_a_topic_made_anew_before_anything_was_loaded_is_taken_as_it_is(loader: Loader) -> None:
+    assert loader.claim(TOPIC, "id-2", [0]) == {0: StoredOffset(0, "id-2")}
+    loader.load(batch([event()], 0, "id-2"))
+    assert loader.claim(TOPIC, "id-3", [0]) == {0: StoredOffset(1, "id-2")}
+
+
+def test_an_event_delivered_again_is_no_new_event(loader: Loader) -> None:
+    events = history(20, seed=2)
+    assert loader.load(batch(events + events)).new_events == len(events)
+    again = loader.load(batch(events, 2 * len(events)))
+    assert (again.events, again.new_events) == (len(events), 0)
+
+
+def test_a_stale_event_does_not_lock_the_reservation(
+    loader: Loader, analytics_database: AnalyticsDatabase
+) -> None:
+    newer, older = event("r-1", 2, "reservation.completed"), event("r-1", 1)
+    loader.load(batch([newer]))
+    with psycopg.connect(analytics_database.owner_url) as holder:
+        holder.execute("SELECT FROM analytics.fct_reservations FOR UPDATE")
+        assert loader.load(batch([older], 1)).new_events == 1
+
+
+def test_a_rival_that_holds_our_offset_row_is_ended(
+    loader: Loader, analytics_database: AnalyticsDatabase
+) -> None:
+    with psycopg.connect(analytics_database.loader_url, application_name=APPLICATION_NAME) as rival:
+        # As one frozen inside COPY: no idle_in_transaction_session_timeout ends it.
+        rival.execute(sql.LOCK_OFFSETS, {"topics": [TOPIC], "partitions": [0]})
+        rival.execute("SELECT pg_current_xact_id()")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            loader.load(batch([event()]))
+        assert loader.load(batch([event()])).new_events == 1
+        with pytest.raises(psycopg.OperationalError):
+            rival.execute("SELECT 1")
+        rival.close()
+
+
+def test_a_stranger_that_holds_our_offset_row_is_left_alone(
+    loader: Loader, analytics_database: AnalyticsDatabase
+) -> None:
+    with psycopg.connect(analytics_database.loader_url, application_name="psql") as stranger:
+        stranger.execute(sql.LOCK_OFFSETS, {"topics": [TOPIC], "partitions": [0]})
+        stranger.execute("SELECT pg_current_xact_id()")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            loader.load(batch([event()]))
+        assert stranger.execute("SELECT 1").fetchone() == (1,)
+
+
+def test_a_frozen_worker_gives_its_partitions_to_another(platform: Platform) -> None:
+    events = history(30, seed=4)
+    frozen = platform.worker()
+    wait_until(lambda: platform.rows("SELECT FROM analytics.load_offsets"), 30, "placement")
+    with psycopg.connect(platform.database.owner_url) as holder:
+        holder.execute("LOCK TABLE analytics.fct_reservations IN EXCLUSIVE MODE")
+        platform.produce(events)
+        with psycopg.connect(platform.database.loader_url, autocommit=True) as watcher:
+            wait_until(
+                lambda: watcher.execute(
+                    "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+                    " AND application_name = 'data-platform' AND datname = current_database()"
+                ).fetchone(),
+                10,
+                "the worker to be in its transaction",
+            )
+        frozen.pause()
+    # The frozen one holds its offset rows now, idle in its transaction.
+    other = platform.worker()
+    platform.wait_for_offsets(len(events))
+    assert len(platform.facts()) == len(events)
+
+    frozen.resume()
+    platform.produce([event()])
+    platform.wait_for_offsets(len(events) + 1)
+    assert frozen.alive
+    assert other.alive
+    assert platform.dead_letters() == []
+
+
+def test_a_batch_is_merged_through_indexes_however_large_the_tables_are(
+    analytics_database: AnalyticsDatabase,
+) -> None:
+    with psycopg.connect(analytics_database.owner_url, autocommit=True) as owner:
+        owner.execute(
+            "INSERT INTO analytics.fct_reservations (reservation_id, version, status, customer_id,"
+            " concert_id, performance_id, seat_count, amount, currency, created_at, updated_at)"
+            " SELECT 'r' || n, 1, 'held', 'c', 1, 1, 1, 1, 'EUR', now(), now()"
+            " FROM generate_series(1, 50000) AS n"
+        )
+        owner.execute("ANALYZE analytics.fct_reservations")
+    with psycopg.connect(analytics_database.loader_url) as connection:
+        connection.execute(sql.SESSION)
+        connection.execute(sql.CREATE_STAGE)
+        connection.execute(
+            "INSERT INTO pg_temp.incoming_reservation_events SELECT 'r' || n, 2, 't', now(),"
+            " 'held', 'c', 1, 1, 1, 1, 'EUR', now(), NULL, 0, n FROM generate_series(1, 5000) n"
+        )
+        plan = "\n".join(
+            row[0] for row in connection.execute("EXPLAIN (COSTS OFF) " + sql.UPSERT_RESERVATIONS)
+        )
+    assert "Seq Scan on fct_reservations" not in plan
+    assert "fct_reservations_pkey" in plan
+
+
+def test_every_statement_is_one_that_postgres_can_plan(
+    analytics_database: AnalyticsDatabase,
+) -> None:
+    statements = {name: text for name, text in vars(sql).items() if name.isupper()}
+    assert len(statements) > 10
+    with psycopg.connect(analytics_database.loader_url, autocommit=True) as connection:
+        connection.execute(statements.pop("CREATE_STAGE"))
+        statements.pop("STAGE")  # COPY cannot be prepared; every load runs it
+        for name, text in statements.items():
+            names = dict.fromkeys(_parameters(text))
+            numbered = text % {key: f"${n}" for n, key in enumerate(names, start=1)}
+            connection.execute(f"PREPARE {name} AS {numbered}".encode())
+
+
+def _parameters(text: str) -> list[str]:
+    class Names(dict[str, str]):
+        def __missing__(self, key: str) -> str:
+            self[key] = key
+            return key
+
+    names = Names()
+    _ = text % names
+    return list(names)
+
+
+def test_a_stopped_worker_leaves_no_session(platform: Platform) -> None:
+    worker = platform.worker()
+    platform.produce([event()])
+    platform.wait_for_offsets(1)
+    assert worker.stop(how=signal.SIGTERM) == 0
+    assert not platform.rows(
+        "SELECT FROM pg_stat_activity"
+        " WHERE application_name = 'data-platform' AND datname = current_database()"
+    )
