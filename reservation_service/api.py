@@ -15,7 +15,16 @@ from flask import Blueprint, Request, Response, current_app, request, session
 from psycopg_pool import ConnectionPool
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from reservation_service import booking, callers, catalogue, events, idempotency, metrics, problems
+from reservation_service import (
+    booking,
+    callers,
+    catalogue,
+    events,
+    idempotency,
+    metrics,
+    problems,
+    sql,
+)
 from reservation_service.booking import Order, Terms
 from reservation_service.callers import Secrets
 from reservation_service.config import Settings
@@ -43,6 +52,24 @@ class Service:
     secrets: Secrets
     terms: Terms
     max_seats_per_request: int
+    writes_per_minute: int
+
+    @contextmanager
+    def writing(self, customer_id: str) -> Iterator[Connection]:
+        """Lend a connection for a write of this customer; 0 writes a minute means no limit.
+
+        What counts is the attempt, in all workers together, in the minute of Postgres' clock.
+
+        Raises:
+            Problem: 429, the customer has had his writes of this minute.
+        """
+        with self.pool.connection() as connection:
+            if self.writes_per_minute:
+                counted = connection.execute(sql.COUNT_WRITE, {"customer_id": customer_id})
+                writes, rest_s = counted.fetchone() or (0, 0)
+                if writes > self.writes_per_minute:
+                    raise problems.too_many_writes(self.writes_per_minute, max(1, rest_s))
+            yield connection
 
     @classmethod
     def of(cls, settings: Settings, pool: ConnectionPool[Connection]) -> "Service":
@@ -55,6 +82,7 @@ class Service:
             ),
             terms=Terms(timedelta(seconds=settings.hold_seconds), settings.max_seats_per_customer),
             max_seats_per_request=settings.max_seats_per_request,
+            writes_per_minute=settings.writes_per_minute,
         )
 
 
@@ -148,7 +176,10 @@ def reserve() -> Response:
         )
     order = Order(customer_id, body.performance_id, body.seat_ids, body.confirm)
     key = _idempotency_key(customer_id, "reserve", body)
-    with counted("book" if body.confirm else "hold"), service().pool.connection() as connection:
+    with (
+        counted("book" if body.confirm else "hold"),
+        service().writing(customer_id) as connection,
+    ):
         answer = booking.book(connection, order, service().terms, key, _traceparent())
     return _created(answer)
 
@@ -208,7 +239,7 @@ def _change(
 ) -> Response:
     customer_id = _customer()
     wanted = reservation_uuid(reservation_id)
-    with counted(action), service().pool.connection() as connection:
+    with counted(action), service().writing(customer_id) as connection:
         changed = change(connection, wanted, customer_id, _traceparent())
     return _json(booking.answer_of(changed))
 

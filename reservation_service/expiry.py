@@ -43,14 +43,20 @@ def forget_keys_batch(connection: Connection, limit: int = KEYS_BATCH_ROWS) -> i
     return deleted.rowcount
 
 
+def forget_counts_batch(connection: Connection, limit: int = KEYS_BATCH_ROWS) -> int:
+    """Delete up to `limit` counts of writes that no limit asks for any more; return how many."""
+    return connection.execute(sql.DELETE_OLD_WRITE_COUNTS, {"limit": limit}).rowcount
+
+
 def sweep(connection: Connection, stop: threading.Event) -> tuple[int, int]:
     """Work until nothing is left or `stop` is set; return expired holds and deleted keys."""
     expired = forgotten = 0
     while not stop.is_set():
         holds = expire_batch(connection)
         keys = forget_keys_batch(connection)
+        counts = forget_counts_batch(connection)
         expired, forgotten = expired + holds, forgotten + keys
-        if holds < BATCH_ROWS and keys < KEYS_BATCH_ROWS:
+        if holds < BATCH_ROWS and max(keys, counts) < KEYS_BATCH_ROWS:
             break
     if expired or forgotten:
         log.info("swept", expired_holds=expired, forgotten_keys=forgotten)

@@ -85,7 +85,7 @@ def change(reservation_id: str) -> AnyResponse:
     action = "confirm" if request.form.get("action") == "confirm" else "cancel"
     act = booking.confirm if action == "confirm" else booking.cancel
     try:
-        with counted(action), service().pool.connection() as connection:
+        with counted(action), service().writing(guest_id) as connection:
             act(connection, reservation_uuid(reservation_id), guest_id)
     except Problem as problem:
         if problem.status != 409:
@@ -114,7 +114,10 @@ def _book(guest_id: str, performance_id: int, seat_ids: list[int], *, confirm: b
     form_key = request.form.get("key", "")[:255]
     key = Key(guest_id, "reserve-page", form_key, idempotency.fingerprint(wanted))
     order = Order(guest_id, performance_id, seat_ids, confirm)
-    with counted("book" if confirm else "hold"), service().pool.connection() as connection:
+    with (
+        counted("book" if confirm else "hold"),
+        service().writing(guest_id) as connection,
+    ):
         answer = booking.book(connection, order, service().terms, key if form_key else None)
     return answer.location.removeprefix("/api")
 

@@ -100,6 +100,16 @@ def unavailable(detail: str, retry_after_s: int = 1) -> Problem:
     return Problem(503, "unavailable", detail, headers={"Retry-After": str(retry_after_s)})
 
 
+def too_many_writes(most: int, retry_after_s: int) -> Problem:
+    """The customer has had what RESERVATION_WRITES_PER_MINUTE allows."""
+    return Problem(
+        429,
+        "too-many-writes",
+        f"At most {most} writes a minute; please wait.",
+        headers={"Retry-After": str(retry_after_s)},
+    )
+
+
 def unauthenticated(detail: str) -> Problem:
     """Nobody, or nobody we know."""
     return Problem(401, "unauthenticated", detail, headers={"WWW-Authenticate": "Bearer"})

@@ -251,6 +251,23 @@ DELETE FROM idempotency_keys WHERE (caller, operation, key) IN (
 )
 """
 
+DELETE_OLD_WRITE_COUNTS = """
+DELETE FROM write_counts WHERE (customer_id, minute) IN (
+    SELECT customer_id, minute FROM write_counts WHERE minute < now() - interval '1 hour'
+    LIMIT %(limit)s FOR UPDATE SKIP LOCKED
+)
+"""
+
+# ---- limit of writes
+
+COUNT_WRITE = """
+INSERT INTO write_counts AS c (customer_id, minute, writes)
+VALUES (%(customer_id)s, date_trunc('minute', clock_timestamp()), 1)
+ON CONFLICT (customer_id, minute) DO UPDATE SET writes = c.writes + 1
+RETURNING c.writes,
+    ceil(extract(epoch FROM c.minute + interval '1 minute' - clock_timestamp()))::integer
+"""
+
 # ---- outbox
 
 INSERT_EVENT = """

@@ -7,6 +7,7 @@ import jwt
 import pytest
 from flask.testing import FlaskClient
 
+from reservation_service import expiry
 from reservation_service.callers import make_token
 from tests.reservation_service.conftest import MakeClient
 from tests.reservation_service.house import ADMIN_TOKEN, SECRET_KEY, House, bearer, concert
@@ -342,3 +343,26 @@ def test_a_token_is_what_the_contract_says() -> None:
     decoded = jwt.decode(token, SECRET_KEY, algorithms=["HS256"], audience="reservation-service")
     assert decoded["sub"] == "ann"
     assert decoded["exp"] > time.time()
+
+
+def test_more_writes_than_a_minute_may_have_are_429(house: House, make_client: MakeClient) -> None:
+    client = make_client(writes_per_minute=2)
+    order = house.order(house.seat_ids[0])
+
+    def post(customer: str) -> Any:
+        return client.post("/api/reservations", json=order, headers=bearer(customer))
+
+    # A new minute may begin between two calls; then the count starts again.
+    statuses = [post("ann").status_code for _ in range(5)]
+    refused = next(
+        answer for answer in iter(lambda: post("ann"), None) if answer.status_code == 429
+    )
+    assert statuses.count(429) >= 1
+    problem(refused, 429, "too-many-writes")
+    assert 1 <= int(refused.headers["Retry-After"]) <= 60
+    assert post("bob").status_code == 409, "another customer has his own count"
+    assert len(house.events()) == 1
+    house.execute("UPDATE write_counts SET minute = minute - interval '61 minutes'")
+    with house.connect() as connection:
+        assert expiry.forget_counts_batch(connection) >= 2
+    assert post("ann").status_code == 409

@@ -119,6 +119,18 @@ COMMENT ON TABLE idempotency_keys IS
     'Answer of each 201 by its Idempotency-Key, written in the booking''s transaction; kept 24 h.';
 """
 
+# Unlogged: a count that a crash forgets is no loss, and costs no write-ahead log.
+WRITE_COUNTS = """
+CREATE UNLOGGED TABLE write_counts (
+    customer_id text NOT NULL,
+    minute timestamptz NOT NULL,
+    writes integer NOT NULL CHECK (writes > 0),
+    PRIMARY KEY (customer_id, minute)
+);
+COMMENT ON TABLE write_counts IS
+    'Writes of each customer per minute, for RESERVATION_WRITES_PER_MINUTE; kept an hour.';
+"""
+
 OUTBOX_TOPICS = """
 CREATE TABLE outbox_topics (
     topic text PRIMARY KEY CHECK (topic ~ '^[a-zA-Z0-9._-]{1,249}$'),
@@ -211,13 +223,14 @@ GRANT SELECT, INSERT, UPDATE ON concerts, performances, seats TO reservation_ser
 GRANT SELECT, INSERT, UPDATE ON reservations TO reservation_service;
 GRANT SELECT, INSERT ON reservation_seats TO reservation_service;
 GRANT SELECT, INSERT, UPDATE, DELETE ON idempotency_keys TO reservation_service;
+GRANT SELECT, INSERT, UPDATE, DELETE ON write_counts TO reservation_service;
 GRANT SELECT ON outbox_topics TO reservation_service, outbox_relay;
 GRANT INSERT (topic, key, payload, headers) ON outbox TO reservation_service;
 GRANT SELECT ON outbox TO outbox_relay;
 GRANT SELECT, INSERT, UPDATE ON outbox_relay_cursor TO outbox_relay;
 """
 
-STEPS = (ROLES, CATALOGUE, RESERVATIONS, OUTBOX_TOPICS, OUTBOX, RELAY_CURSOR, GRANTS)
+STEPS = (ROLES, CATALOGUE, RESERVATIONS, WRITE_COUNTS, OUTBOX_TOPICS, OUTBOX, RELAY_CURSOR, GRANTS)
 
 
 def upgrade() -> None:
@@ -232,7 +245,7 @@ def downgrade() -> None:
         DROP TABLE outbox_relay_cursor;
         DROP TABLE outbox;
         DROP FUNCTION outbox_refuse_unpublishable;
-        DROP TABLE outbox_topics, idempotency_keys, reservation_seats, reservations, seats,
-            performances, concerts;
+        DROP TABLE outbox_topics, write_counts, idempotency_keys, reservation_seats, reservations,
+            seats, performances, concerts;
         """
     )
