@@ -29,11 +29,11 @@ def run() -> None:
     settings = load(Settings)
     settings.kafka_properties()  # refused now, not at the first record
     logs.configure(settings.log_level)
-    structlog.contextvars.bind_contextvars(relay=settings.name)
+    structlog.contextvars.bind_contextvars(relay=settings.outbox_relay_name)
     relay = Relay(settings, Stop(), metrics.Metrics())
     if settings.metrics_port:
         try:
-            metrics.serve(relay.metrics, settings.metrics_port)
+            metrics.serve(relay.metrics, settings.metrics_host, settings.metrics_port)
         except OSError as error:
             raise ConfigurationError(f"METRICS_PORT: {error}") from error
     try:
@@ -61,8 +61,10 @@ def make_topics(replication_factor: int | None) -> None:
 def show_status(*, as_json: bool) -> None:
     """Show the leader, the lag and the cursor."""
     settings = load(Settings)
-    with leadership.connect(settings.database_url.get_secret_value()) as connection:
-        found = status.status(connection, settings.name, settings.delivery)
+    with leadership.connect(settings.database_url) as connection:
+        found = status.status(
+            connection, settings.outbox_relay_name, settings.outbox_relay_delivery
+        )
     _show(found, as_json=as_json)
 
 
@@ -72,8 +74,14 @@ def show_status(*, as_json: bool) -> None:
 def resume(from_id: int, *, apply: bool) -> None:
     """Accept this database's history after a restore or promotion and go on from a row."""
     settings = load(Settings)
-    with leadership.connect(settings.database_url.get_secret_value()) as connection:
-        done = status.resume(connection, settings.name, settings.delivery, from_id, apply=apply)
+    with leadership.connect(settings.database_url) as connection:
+        done = status.resume(
+            connection,
+            settings.outbox_relay_name,
+            settings.outbox_relay_delivery,
+            from_id,
+            apply=apply,
+        )
     click.echo(
         f"{'done' if apply else 'would be done (nothing changed; --apply does it)'}:"
         f" publish {done['publishes_rows']} committed rows from id {from_id} on,"

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 # What makes the guarantees; a user's properties file may not contradict it.
 GUARANTEED_PRODUCER_PROPERTIES: Mapping[str, str | int | bool] = {
@@ -36,69 +36,53 @@ class ConfigurationError(Exception):
     """The configuration can't be used; the message is one line and names the variable."""
 
 
-class _SecretFiles(PydanticBaseSettingsSource):
-    """Reads `<NAME>_FILE` for every secret setting, as systemd and Docker hand out credentials."""
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
 
-    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
-        path = os.environ.get(f"{field.validation_alias}_FILE", "")
-        if field.annotation is not SecretStr or not path:
-            return None, field_name, False
-        try:
-            return Path(path).read_text(encoding="utf-8").strip(), field_name, False
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"{field.validation_alias}_FILE: {error}") from error
 
-    def __call__(self) -> dict[str, Any]:
-        values = {}
-        for name, field in self.settings_cls.model_fields.items():
-            value, _, _ = self.get_field_value(field, name)
-            if value is not None:
-                values[str(field.validation_alias)] = value
-        return values
+def _available(value: object) -> object:
+    # In this version; taking it for at_least_once would be a lie.
+    if value == "exactly_once":
+        raise ValueError
+    return value
 
 
 class KafkaSettings(BaseSettings):
-    """How to reach Kafka, and what this relay is called."""
+    """How to reach Kafka, and what this relay is called.
+
+    Each field's name is its variable in lower case, its description what is expected.
+    """
 
     model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", frozen=True)
 
-    kafka_bootstrap_servers: Annotated[str, Field(validation_alias="KAFKA_BOOTSTRAP_SERVERS")]
+    kafka_bootstrap_servers: Annotated[str, Field(description="brokers like host:9092,host:9092")]
     kafka_properties_file: Annotated[
-        Path | None, Field(validation_alias="KAFKA_PROPERTIES_FILE")
+        Path | None, Field(description="a file of librdkafka properties")
     ] = None
-    name: Annotated[
+    outbox_relay_name: Annotated[
         str,
-        Field(validation_alias="OUTBOX_RELAY_NAME", pattern=r"^[A-Za-z0-9._-]{1,100}$"),
+        Field(
+            pattern=r"^[A-Za-z0-9._-]{1,100}$",
+            description="1 to 100 letters, digits, dots, underscores and hyphens",
+        ),
     ] = "reservation-service"
     log_level: Annotated[
-        Literal["DEBUG", "INFO", "WARNING", "ERROR"], Field(validation_alias="LOG_LEVEL")
+        Literal["DEBUG", "INFO", "WARNING", "ERROR"],
+        BeforeValidator(_upper),
+        Field(description="DEBUG, INFO, WARNING or ERROR"),
     ] = "INFO"
-
-    @field_validator("log_level", mode="before")
-    @classmethod
-    def _any_case(cls, value: object) -> object:
-        return value.upper() if isinstance(value, str) else value
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Environment first, then `<NAME>_FILE`."""
-        del dotenv_settings, file_secret_settings
-        return init_settings, env_settings, _SecretFiles(settings_cls)
 
     @property
     def cursor_topic(self) -> str:
         """The compacted topic that belongs to this relay alone."""
-        return f"outbox-relay-cursor.{self.name}"
+        return f"outbox-relay-cursor.{self.outbox_relay_name}"
 
     def kafka_properties(self) -> dict[str, str]:
-        """Return the user's librdkafka properties (TLS, SASL) with the bootstrap servers."""
+        """Return the user's librdkafka properties (TLS, SASL) with the bootstrap servers.
+
+        Raises:
+            ConfigurationError: the file can't be read, or would break a guarantee.
+        """
         properties = {}
         if self.kafka_properties_file is not None:
             properties = _read_properties(self.kafka_properties_file)
@@ -108,27 +92,33 @@ class KafkaSettings(BaseSettings):
 class Settings(KafkaSettings):
     """Everything `run`, `status` and `resume` need."""
 
-    database_url: Annotated[SecretStr, Field(validation_alias="OUTBOX_RELAY_DATABASE_URL")]
-    delivery: Annotated[
-        Literal["at_least_once"], Field(validation_alias="OUTBOX_RELAY_DELIVERY")
+    outbox_relay_database_url: Annotated[
+        SecretStr,
+        Field(description="a PostgreSQL connection URL like postgresql://user@host:5432/database"),
+    ]
+    outbox_relay_delivery: Annotated[
+        Literal["at_least_once"],
+        BeforeValidator(_available),
+        Field(description="at_least_once (exactly_once is not available in this version)"),
     ] = "at_least_once"
-    metrics_port: Annotated[int, Field(validation_alias="METRICS_PORT", ge=0, le=65535)] = 0
-    chunk_max_rows: Annotated[
-        int, Field(validation_alias="OUTBOX_RELAY_CHUNK_MAX_ROWS", ge=1, le=100_000)
+    metrics_port: Annotated[
+        int, Field(ge=0, le=65_535, description="a port from 1 to 65535, or 0 for none")
+    ] = 0
+    metrics_host: Annotated[str, Field(description="an address of this machine")] = "127.0.0.1"
+    outbox_relay_chunk_max_rows: Annotated[
+        int, Field(ge=1, le=100_000, description="1 to 100000 rows")
     ] = 5_000
-    chunk_max_bytes: Annotated[
-        int, Field(validation_alias="OUTBOX_RELAY_CHUNK_MAX_BYTES", ge=1, le=64 * 2**20)
+    outbox_relay_chunk_max_bytes: Annotated[
+        int, Field(ge=1, le=64 * 2**20, description="1 to 67108864 bytes")
     ] = 8 * 2**20
-    poll_interval_ms: Annotated[
-        int, Field(validation_alias="OUTBOX_RELAY_POLL_INTERVAL_MS", ge=1, le=10_000)
+    outbox_relay_poll_interval_ms: Annotated[
+        int, Field(ge=1, le=10_000, description="1 to 10000 milliseconds")
     ] = 15
 
-    @field_validator("delivery", mode="before")
-    @classmethod
-    def _not_yet(cls, value: object) -> object:
-        if value == "exactly_once":
-            raise ValueError("exactly_once is not available in this version; use at_least_once")
-        return value
+    @property
+    def database_url(self) -> str:
+        """The relay's connection string. Holds the password: not for logs."""
+        return self.outbox_relay_database_url.get_secret_value()
 
 
 S = TypeVar("S", bound=KafkaSettings)
@@ -141,11 +131,31 @@ def load(settings_class: type[S]) -> S:
         ConfigurationError: a variable is missing or wrong; the message names it.
     """
     try:
-        return settings_class()
+        return settings_class(**_secrets_from_files(settings_class))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        variable = ".".join(str(part) for part in first["loc"])
-        raise ConfigurationError(f"{variable}: {first['msg']}") from None
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        name = str(first["loc"][0])
+        expected = settings_class.model_fields[name].description
+        what = "is not set" if first["type"] == "missing" else "has a wrong value"
+        raise ConfigurationError(f"{name.upper()} {what}: expected {expected}") from None
+
+
+def _secrets_from_files(settings_class: type[KafkaSettings]) -> dict[str, Any]:
+    """Read `<NAME>_FILE` for each secret, as systemd and Docker hand out credentials."""
+    values = {}
+    for name, field in settings_class.model_fields.items():
+        path = os.environ.get(f"{name.upper()}_FILE", "")
+        if field.annotation is not SecretStr or not path:
+            continue
+        if os.environ.get(name.upper()):
+            raise ConfigurationError(f"{name.upper()}_FILE: expected only one of it and the other")
+        try:
+            values[name] = Path(path).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError(
+                f"{name.upper()}_FILE: expected a readable text file: {error}"
+            ) from None
+    return values
 
 
 def _read_properties(path: Path) -> dict[str, str]:

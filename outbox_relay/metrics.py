@@ -59,8 +59,8 @@ class Metrics:
         return time.monotonic() - self._progressed_at_s < HEALTHY_WITHIN_S
 
 
-def serve(metrics: Metrics, port: int) -> None:
-    """Serve /metrics and /healthz on `port` in a daemon thread.
+def serve(metrics: Metrics, host: str, port: int) -> None:
+    """Serve /metrics and /healthz on `host` and `port` in a daemon thread.
 
     Raises:
         OSError: the port is taken.
@@ -79,7 +79,7 @@ def serve(metrics: Metrics, port: int) -> None:
         start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
         return [status.encode()]
 
-    server = make_server("", port, application, handler_class=_Quiet)
+    server = make_server(host, port, application, handler_class=_Quiet)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
 
 

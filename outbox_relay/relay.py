@@ -54,11 +54,13 @@ class Relay:
     def _serve_term(self, outage: "_Outage") -> None:
         """Lead until stopped or until something fails."""
         settings = self.settings
-        with leadership.connect(settings.database_url.get_secret_value()) as connection:
+        with leadership.connect(settings.database_url) as connection:
             leadership.examine(connection)
             if not self._wait_for_leadership(connection, outage):
                 return
-            term = Term.begin(connection, settings.name, settings.delivery)
+            term = Term.begin(
+                connection, settings.outbox_relay_name, settings.outbox_relay_delivery
+            )
             self.metrics.leader.set(1)
             log.info("leading", position=term.position.published_snapshot)
             outage.end_of(psycopg.Error, LostLeadershipError)
@@ -70,7 +72,7 @@ class Relay:
                         outage.end_of(Exception)
                         brokers.recovered()
                     else:
-                        self.stop.wait(settings.poll_interval_ms / 1000)
+                        self.stop.wait(settings.outbox_relay_poll_interval_ms / 1000)
             log.info("stopped leading", position=term.position.published_snapshot)
 
     def _publish_next(
@@ -80,8 +82,8 @@ class Relay:
         chunk = reader.read(
             connection,
             term.position,
-            max_rows=self.settings.chunk_max_rows,
-            max_bytes=self.settings.chunk_max_bytes,
+            max_rows=self.settings.outbox_relay_chunk_max_rows,
+            max_bytes=self.settings.outbox_relay_chunk_max_bytes,
         )
         self.metrics.progressed()
         if chunk.position == term.position:
@@ -99,7 +101,7 @@ class Relay:
     def _wait_for_leadership(self, connection: psycopg.Connection, outage: "_Outage") -> bool:
         """Return True as the leader, False when stopped while standing by."""
         said = False
-        while not leadership.try_lock(connection, self.settings.name):
+        while not leadership.try_lock(connection, self.settings.outbox_relay_name):
             outage.end_of(psycopg.Error, LostLeadershipError)
             if not said:
                 log.info("standing by", reason="another relay of this name leads")
