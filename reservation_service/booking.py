@@ -9,8 +9,8 @@ Guarantees:
 - A reservation's versions are 1, 2, 3 … and each has exactly one event.
 - A refused call leaves nothing behind.
 
-The statements go through a pipeline: two or three round trips for a booking. Its results, that
-of COMMIT too, have arrived when the outer `with` ends, and only then is anything answered.
+The statements go through a pipeline: two or three round trips for a booking. Their results, that
+of COMMIT too, have arrived when the `with` ends, and only then is anything answered.
 """
 
 import os
@@ -24,7 +24,7 @@ from uuid import UUID
 import msgspec
 
 from reservation_service import events, idempotency, problems, sql
-from reservation_service.database import Connection
+from reservation_service.database import Connection, transaction
 from reservation_service.events import (
     ConcertOfReservation,
     PerformanceOfReservation,
@@ -99,7 +99,7 @@ def book(
             or the key in flight; 422 the key had another body.
         psycopg.OperationalError: nothing is known to have happened, unless COMMIT was under way.
     """
-    with connection.pipeline(), connection.transaction():
+    with transaction(connection):
         answered = idempotency.claim(connection, key)
         if answered:
             return answered
@@ -316,7 +316,7 @@ def _change(
     wanted: Literal["confirmed", "cancelled"],
     traceparent: str | None,
 ) -> Reservation:
-    with connection.pipeline(), connection.transaction():
+    with transaction(connection):
         locked = connection.execute(
             sql.LOCK_RESERVATION, {"reservation_id": reservation_id, "customer_id": customer_id}
         )

@@ -13,7 +13,7 @@ import psycopg
 import structlog
 
 from reservation_service import booking, sql
-from reservation_service.database import Connection, connect
+from reservation_service.database import Connection, connect, transaction
 
 BATCH_ROWS = 100
 KEYS_BATCH_ROWS = 1_000
@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 
 def expire_batch(connection: Connection, limit: int = BATCH_ROWS) -> int:
     """Expire up to `limit` lapsed holds in one transaction; return how many."""
-    with connection.pipeline(), connection.transaction():
+    with transaction(connection):
         rows = connection.execute(sql.LOCK_LAPSED_HOLDS, {"limit": limit}).fetchall()
         lapsed: dict[UUID, datetime] = dict(rows)
         if lapsed:

@@ -1,7 +1,7 @@
 """A concert house for tests: one performance with a few seats, and what its customers do."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -121,7 +121,8 @@ class House:
             versions = [event["data"]["version"] for event in of_one]
             assert versions == list(range(1, row["version"] + 1)), reservation_id
             assert of_one[-1]["data"]["status"] == row["status"], reservation_id
-        assert not overlaps(by_reservation.values())
+        deadlines = {key: row["expires_at"] for key, row in reservations.items()}
+        assert not overlaps(by_reservation, deadlines)
         claims = self.execute(
             """
             SELECT r.reservation_id, s.seat_id FROM reservations AS r
@@ -133,20 +134,25 @@ class House:
         assert claims == [], "a live reservation without its seat"
 
 
-def overlaps(reservations: Iterable[list[dict[str, Any]]]) -> list[tuple[Any, ...]]:
-    """Two claims of one seat that overlap in time, as the events tell it: an overbooking."""
+def overlaps(
+    reservations: dict[str, list[dict[str, Any]]], deadlines: dict[str, datetime | None]
+) -> list[tuple[Any, ...]]:
+    """Two claims of one seat that overlap in time, as the events tell it: an overbooking.
+
+    A hold's end comes from the table, for a test may have moved it (see `let_lapse`).
+    """
     claims: dict[int, list[tuple[datetime, datetime]]] = {}
     never = datetime.max.replace(tzinfo=UTC)
-    for events in reservations:
+    for reservation_id, events in reservations.items():
         ends = [
             datetime.fromisoformat(event["time"])
             for event in events
             if event["data"]["status"] in {"cancelled", "expired"}
         ]
         begin = datetime.fromisoformat(events[0]["time"])
-        last = events[-1]["data"]
-        if last["status"] == "held":
-            ends.append(datetime.fromisoformat(last["expires_at"]))
+        deadline = deadlines[reservation_id]
+        if deadline:
+            ends.append(deadline)
         for seat in events[0]["data"]["seats"]:
             claims.setdefault(seat["seat_id"], []).append((begin, ends[0] if ends else never))
     found: list[tuple[Any, ...]] = []

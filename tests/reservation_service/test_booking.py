@@ -10,10 +10,11 @@ import msgspec
 import psycopg
 import pytest
 from psycopg import errors
+from psycopg.pq import TransactionStatus
 
 from reservation_service import booking, expiry
 from reservation_service.booking import Order, ReservationAnswer, Terms
-from reservation_service.database import Connection
+from reservation_service.database import Connection, transaction
 from reservation_service.problems import Problem
 from tests.reservation_service.house import House
 from tests.waiting import wait_until
@@ -236,3 +237,61 @@ def test_reservation_ids_are_uuids_of_version_7_in_order_of_time() -> None:
     milliseconds = [value.int >> 80 for value in made]
     assert milliseconds == sorted(milliseconds)
     assert abs(milliseconds[0] - before.timestamp() * 1_000) < 1_000
+
+
+BLOCK_SEATS = "UPDATE seats SET blocked = true RETURNING 1"
+
+
+def fail_by_itself(connection: Connection) -> None:
+    with transaction(connection):
+        connection.execute(BLOCK_SEATS)
+        raise KeyError
+
+
+def fail_at_the_end(connection: Connection) -> None:
+    with transaction(connection):
+        connection.execute(BLOCK_SEATS)
+        connection.execute("SELECT 1/0")
+
+
+def fail_in_between(connection: Connection) -> None:
+    with transaction(connection):
+        connection.execute(BLOCK_SEATS)
+        connection.execute("SELECT 1/0").fetchone()
+
+
+@pytest.mark.parametrize(
+    ("fail", "error"),
+    [
+        (fail_by_itself, KeyError),
+        (fail_at_the_end, errors.DivisionByZero),
+        (fail_in_between, errors.DivisionByZero),
+    ],
+)
+def test_a_transaction_that_fails_leaves_nothing_and_its_connection_usable(
+    connection: Connection, house: House, fail: Any, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        fail(connection)
+    assert connection.info.transaction_status == TransactionStatus.IDLE
+    assert house.execute("SELECT 1 FROM seats WHERE blocked") == []
+    with transaction(connection):
+        connection.execute(BLOCK_SEATS)
+    assert len(house.execute("SELECT 1 FROM seats WHERE blocked")) == len(house.seat_ids)
+
+
+def test_a_transaction_whose_connection_is_lost_says_so(
+    connection: Connection, house: House
+) -> None:
+    def lose() -> None:
+        with transaction(connection):
+            connection.execute(BLOCK_SEATS).fetchall()
+            with house.connect() as other:
+                other.execute(
+                    "SELECT pg_terminate_backend(%s, 5000)", [connection.info.backend_pid]
+                )
+
+    with pytest.raises(psycopg.OperationalError):
+        lose()
+    assert connection.closed
+    assert house.execute("SELECT 1 FROM seats WHERE blocked") == []
