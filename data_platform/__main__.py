@@ -86,7 +86,11 @@ def run() -> None:
             _serve(health, settings)
     loader = Loader(settings.analytics_database_url.get_secret_value())
     decoders = {settings.data_platform_reservation_topic: decode_reservation_event}
-    Worker(source, loader, decoders, health).run()
+    try:
+        Worker(source, loader, decoders, health).run()
+    except Exception:
+        getLogger("data_platform").critical("ended by a fault of ours", exc_info=True)
+        sys.exit(1)
 
 
 def _source(settings: config.Settings) -> Source:

@@ -1,8 +1,8 @@
 """A batch on its way from Kafka to Postgres: slices of partitions → rows and bad records."""
 
 import base64
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import NamedTuple, cast
 
@@ -62,6 +62,24 @@ class Decoded:
             if place not in latest or latest[place] < event.occurred_at:
                 latest[place] = event.occurred_at
         return latest
+
+    def pieces(self, records: int) -> Iterator["Decoded"]:
+        """Split into batches of at most so many records of one partition, in order."""
+        for part in self.slices:
+            first_offset = part.first_offset
+            for at in range(0, max(1, len(part.messages)), records):
+                messages = part.messages[at : at + records]
+                end = part.next_offset
+                if at + records < len(part.messages):
+                    end = int(messages[-1].offset() or 0) + 1
+                piece = replace(part, first_offset=first_offset, next_offset=end, messages=messages)
+                known = {id(message) for message in messages}
+                yield Decoded(
+                    [piece],
+                    [row for row in self.rows if id(row.message) in known],
+                    [record for record in self.bad if id(record.message) in known],
+                )
+                first_offset = end
 
 
 def decode(slices: Sequence[Slice], decoders: Mapping[str, Decoder]) -> Decoded:

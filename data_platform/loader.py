@@ -31,8 +31,13 @@ CONNECT_TIMEOUT_S = 5
 # The server's own limits (sql.SESSION) come first; this one is for a server that says nothing.
 TRANSACTION_LIMIT_S = 20.0
 WATCH_INTERVAL_S = 0.25
-# From so many records on, more refused than loaded means that the fault is ours.
+# A refused batch is searched in pieces of this size, each in a transaction of its own.
+PIECE_RECORDS = 100
+SIFTING_LIMIT_S = 10.0
+# From so many records on, in one batch or one after the other, more refused than loaded means
+# that the fault is ours. Of a batch so many are tried.
 REFUSED_MINIMUM_RECORDS = 100
+SAMPLE_RECORDS = 32
 
 log = structlog.get_logger()
 
@@ -62,7 +67,7 @@ class Loader:
         self._deadline: float | None = None
         self._deadline_lock = threading.Lock()
         self._closed = threading.Event()
-        # Records and refusals of late, by which `_sift` tells a bad record from a fault of ours.
+        # Records and refusals of late, by which `_judge` tells a bad record from a fault of ours.
         self._recent = (0, 0)
         threading.Thread(target=self._watch, name="transaction-limit", daemon=True).start()
 
@@ -81,10 +86,14 @@ class Loader:
     def load(self, batch: Decoded) -> Loaded:
         """Load a batch and move its partitions' offsets, in one transaction.
 
+        A batch with records that Postgres refuses is loaded in several, piece by piece.
+
         Raises:
-            PlaceLostError: Postgres doesn't stand where the batch begins; nothing happened.
-            MostlyRefusedError: Postgres refuses most of the records; nothing happened.
-            psycopg.Error: nothing happened, or (a connection lost in COMMIT) all of it.
+            PlaceLostError: Postgres doesn't stand where the batch, or one of its pieces, begins.
+            MostlyRefusedError: Postgres refuses most of the records; none was put aside.
+            psycopg.Error: a transaction failed, or the connection was lost in COMMIT.
+
+        After each of these only Postgres knows where it stands.
         """
         try:
             return self._load_whole(batch)
@@ -95,7 +104,7 @@ class Loader:
             if not batch.rows or cure_of(error) is not Cure.DEAD_LETTER:
                 raise
             log.warning("batch_refused", error=str(error), records=len(batch.rows))
-        return self._load_sifted(batch)
+        return self._load_in_pieces(batch)
 
     def _load_whole(self, batch: Decoded) -> Loaded:
         with self._transaction() as connection:
@@ -108,47 +117,72 @@ class Loader:
         self._count(len(batch.rows), 0)
         return Loaded(batch.slices, len(batch.rows), new_events, len(batch.bad))
 
-    def _load_sifted(self, batch: Decoded) -> Loaded:
+    def _load_in_pieces(self, batch: Decoded) -> Loaded:
+        """Load a refused batch bit by bit, so that what is done stays done.
+
+        Bisecting a large batch in one transaction could take longer than one may last.
+        """
+        large = len(batch.rows) >= REFUSED_MINIMUM_RECORDS
+        if large:
+            self._try_sample(batch.rows)
+        until = time.monotonic() + SIFTING_LIMIT_S
+        done = []
+        for piece in batch.pieces(PIECE_RECORDS):
+            if time.monotonic() > until:
+                raise PlaceLostError("sifting takes long: the rest is fetched again")
+            done.append(self._load_sifted(piece, judged=large))
+        return Loaded(
+            batch.slices,
+            sum(piece.events for piece in done),
+            sum(piece.new_events for piece in done),
+            sum(piece.dead_letters for piece in done),
+        )
+
+    def _try_sample(self, rows: Sequence[Row]) -> None:
+        """Raise MostlyRefusedError if Postgres refuses more than half of some of the rows.
+
+        Asked before anything is put aside.
+        """
+        sample = rows[:: -(-len(rows) // SAMPLE_RECORDS)]
+        refusals: list[Exception] = []
+        with self._transaction() as connection:
+            for row in sample:
+                try:
+                    with connection.transaction(force_rollback=True):
+                        _stage(connection, [row])
+                        _merge(connection)
+                except Exception as error:
+                    if cure_of(error) is not Cure.DEAD_LETTER:
+                        raise
+                    refusals.append(error)
+        if len(refusals) > len(sample) / 2:
+            raise MostlyRefusedError(
+                f"Postgres refuses {len(refusals)} of {len(sample)} records tried; none of this "
+                f"batch was put aside. The last refusal: {refusals[-1]}"
+            )
+
+    def _load_sifted(self, batch: Decoded, *, judged: bool) -> Loaded:
         refused: list[BadRecord] = []
         with self._transaction() as connection:
             _lock(connection, batch.slices)
-            new_events = self._sift(connection, batch.rows, refused, len(batch.rows))
+            new_events = _sift(connection, batch.rows, refused)
+            if not judged:
+                self._judge(len(batch.rows), refused)
             _put_aside(connection, [*batch.bad, *refused])
             _move(connection, batch)
         self._count(len(batch.rows), len(refused))
         loaded = len(batch.rows) - len(refused)
         return Loaded(batch.slices, loaded, new_events, len(batch.bad) + len(refused))
 
-    def _sift(
-        self, connection: Connection, rows: Sequence[Row], refused: list[BadRecord], whole: int
-    ) -> int:
-        """Load what Postgres takes of `rows`, add the others to `refused`; count new facts."""
-        try:
-            with connection.transaction():
-                _stage(connection, rows)
-                new_events = _merge(connection)
-                connection.execute(sql.UNSTAGE)
-                return new_events
-        except Exception as error:
-            if cure_of(error) is not Cure.DEAD_LETTER:
-                raise
-            if len(rows) == 1:
-                refused.append(BadRecord(rows[0].message, "refused", printable(str(error))))
-                self._stop_if_mostly_refused(whole, len(refused), error)
-                return 0
-        middle = len(rows) // 2
-        return self._sift(connection, rows[:middle], refused, whole) + self._sift(
-            connection, rows[middle:], refused, whole
-        )
-
-    def _stop_if_mostly_refused(self, whole: int, refused: int, error: Exception) -> None:
-        records, already = self._recent
-        if records + whole < REFUSED_MINIMUM_RECORDS:
+    def _judge(self, records: int, refused: Sequence[BadRecord]) -> None:
+        """For batches too small for a sample: what counts is the sum of the latest ones."""
+        seen, seen_refused = self._recent
+        if not refused or seen < REFUSED_MINIMUM_RECORDS:
             return
-        if already + refused > (records + whole) / 2:
+        if seen_refused + len(refused) > (seen + records) / 2:
             raise MostlyRefusedError(
-                f"Postgres refuses more than half of the last {records + whole} records; "
-                f"none of this batch was put aside. The last refusal: {error}"
+                f"Postgres refuses more than half of the last {seen + records} records; "
+                f"none of these was put aside. The last refusal: {refused[-1].error}"
             )
 
     def _count(self, records: int, refused: int) -> None:
@@ -230,15 +264,19 @@ class Loader:
                 if self._deadline is None or time.monotonic() < self._deadline:
                     continue
                 connection = self._connection
-                if connection is not None and not connection.closed:
-                    log.warning("transaction_cut", limit_s=TRANSACTION_LIMIT_S)
-                    _shut_down(connection.fileno())
+                if connection is not None:
+                    log.warning("transaction_cut")
+                    _shut_down(connection)
                 self._deadline = None
 
 
-def _shut_down(descriptor: int) -> None:
-    # Of a duplicate: the descriptor itself stays libpq's to close.
-    with socket.socket(fileno=os.dup(descriptor)) as line, contextlib.suppress(OSError):
+def _shut_down(connection: Connection) -> None:
+    # Both errors mean that the line is dead already. The duplicate is ours to close, the
+    # descriptor itself stays libpq's.
+    with (
+        contextlib.suppress(psycopg.OperationalError, OSError),
+        socket.socket(fileno=os.dup(connection.fileno())) as line,
+    ):
         line.shutdown(socket.SHUT_RDWR)
 
 
@@ -270,6 +308,24 @@ def _lock(connection: Connection, slices: Sequence[Slice]) -> None:
                 f"{part.topic} {part.partition}: expected {expected}, "
                 f"Postgres has {stored.get((part.topic, part.partition))}"
             )
+
+
+def _sift(connection: Connection, rows: Sequence[Row], refused: list[BadRecord]) -> int:
+    """Load what Postgres takes of `rows`, add the others to `refused`; count new facts."""
+    try:
+        with connection.transaction():
+            _stage(connection, rows)
+            new_events = _merge(connection)
+            connection.execute(sql.UNSTAGE)
+            return new_events
+    except Exception as error:
+        if cure_of(error) is not Cure.DEAD_LETTER:
+            raise
+        if len(rows) == 1:
+            refused.append(BadRecord(rows[0].message, "refused", printable(str(error))))
+            return 0
+    middle = len(rows) // 2
+    return _sift(connection, rows[:middle], refused) + _sift(connection, rows[middle:], refused)
 
 
 def _put_aside(connection: Connection, bad: Sequence[BadRecord]) -> None:

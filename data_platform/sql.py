@@ -33,7 +33,7 @@ COPY pg_temp.incoming_reservation_events (
 ) FROM STDIN
 """
 
-# A bisected batch stages its halves one after the other in one transaction.
+# A bisected piece stages its halves one after the other in one transaction.
 UNSTAGE = "DELETE FROM pg_temp.incoming_reservation_events"
 
 # Sorted, so that two loaders that meet (a key in two partitions) wait for each other and never in
@@ -55,7 +55,8 @@ ON CONFLICT (reservation_id, version) DO NOTHING
 
 # The anti-join first: an upsert locks the row even where its WHERE is false, so a stale event
 # would make its loader wait for whoever works on that reservation. The WHERE stays for the one
-# who loaded a newer version since.
+# who loaded a newer version since. DISTINCT ON also keeps the plan on the index: Postgres expects
+# few groups of a table without statistics, and would else read all of a large table per batch.
 UPSERT_RESERVATIONS = """
 WITH latest AS (
     SELECT DISTINCT ON (reservation_id) *
@@ -179,17 +180,13 @@ WHERE topic = %(topic)s AND kafka_partition = %(kafka_partition)s
 """
 
 # For each connection of the loader. A worker that freezes between two statements lets go of its
-# locks after 2 s. Joins by index only: the temporary table has no statistics, and a hash join
-# would read all of a large table for each batch.
+# locks after 2 s.
 SESSION = """
 SELECT
     set_config('idle_in_transaction_session_timeout', '2s', false),
     set_config('lock_timeout', '2s', false),
     set_config('statement_timeout', '15s', false),
-    set_config('timezone', 'UTC', false),
-    set_config('enable_hashjoin', 'off', false),
-    set_config('enable_mergejoin', 'off', false),
-    set_config('jit', 'off', false)
+    set_config('timezone', 'UTC', false)
 """
 
 STATUS_SESSION = "SELECT set_config('statement_timeout', '15s', false)"

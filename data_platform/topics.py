@@ -44,8 +44,14 @@ class Topic:
     spans: Mapping[int, Span]
 
     def fault(self, partition: int, stored: StoredOffset) -> str | None:
-        """Why one can't go on from `stored` without losing or mixing up something, or None."""
-        span = self.spans[partition]
+        """Why one can't go on from `stored` without losing or mixing up something, or None.
+
+        Raises:
+            KafkaTroubleError: the broker we asked doesn't know the partition yet.
+        """
+        span = self.spans.get(partition)
+        if span is None:
+            raise KafkaTroubleError(f"partition {partition} is not described yet")
         if stored.topic_id != self.topic_id and stored.next_offset > 0:
             return (
                 f"the topic was made anew: loaded up to {stored.next_offset} of topic id "

@@ -72,6 +72,7 @@ class Worker:
             log.info("place_lost", what=str(error))
             self._health.places_lost.inc()
             self._source.forget()
+            self._source.wait(FIRST_WAIT_S)
         except Exception as error:
             if cure_of(error) is not Cure.WAIT:
                 raise

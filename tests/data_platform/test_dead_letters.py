@@ -57,8 +57,8 @@ def test_what_only_postgres_refuses_is_found_by_bisection(platform: Platform) ->
         " ADD CONSTRAINT nobody_called_x CHECK (customer_id <> 'x')"
     )
     good = history(200, seed=6)
-    refused = [event(customer_id="x") for _ in range(7)]
-    platform.produce([*good[:100], *refused[:3], *good[100:], *refused[3:]])
+    refused = [event(customer_id="x") for _ in range(70)]
+    platform.produce([*good[:100], *refused[:30], *good[100:], *refused[30:]])
     platform.worker()
     platform.wait_for_offsets(len(good) + len(refused))
 
@@ -77,7 +77,8 @@ def test_when_postgres_refuses_most_records_the_worker_stops_and_puts_nothing_as
         "ALTER TABLE analytics.fct_reservations ADD CONSTRAINT our_fault CHECK (amount < 0)"
     )
     events = history(200, seed=8)
-    platform.produce(events)
+    # Into one partition: they come as one batch. (Less than a hundred could be bad records.)
+    platform.produce_raw([(one.key, one.value) for one in events], partition=0)
     worker = platform.worker()
     wait_until(lambda: "MostlyRefusedError" in worker.log.read_text(), 30, "the worker to say so")
     assert platform.dead_letters() == []

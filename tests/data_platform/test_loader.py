@@ -9,7 +9,7 @@ from confluent_kafka import Message
 
 from data_platform import sql
 from data_platform.batch import Decoded, Slice, decode
-from data_platform.errors import PlaceLostError
+from data_platform.errors import MostlyRefusedError, PlaceLostError
 from data_platform.events import decode_reservation_event
 from data_platform.loader import APPLICATION_NAME, Loader
 from data_platform.topics import StoredOffset
@@ -91,6 +91,45 @@ def test_a_stale_event_does_not_lock_the_reservation(
     with psycopg.connect(analytics_database.owner_url) as holder:
         holder.execute("SELECT FROM analytics.fct_reservations FOR UPDATE")
         assert loader.load(batch([older], 1)).new_events == 1
+
+
+def test_a_large_batch_with_many_refused_records_is_loaded_in_bounded_transactions(
+    loader: Loader, analytics_database: AnalyticsDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with psycopg.connect(analytics_database.owner_url) as connection:
+        connection.execute(
+            "ALTER TABLE analytics.fct_reservations"
+            " ADD CONSTRAINT nobody_called_x CHECK (customer_id <> 'x')"
+        )
+    # Bisecting all of it at once would take longer than this.
+    monkeypatch.setattr("data_platform.loader.TRANSACTION_LIMIT_S", 2.0)
+    events = [event(customer_id="x" if n % 10 == 0 else "y") for n in range(3_000)]
+    place = 0
+    while place < len(events):
+        try:
+            loader.load(batch(events[place:], place))
+        except PlaceLostError:
+            assert loader.claim(TOPIC, TOPIC_ID, [0])[0].next_offset > place
+        place = loader.claim(TOPIC, TOPIC_ID, [0])[0].next_offset
+    with psycopg.connect(analytics_database.owner_url) as connection:
+        assert connection.execute(FACTS).fetchall() == sorted(
+            one.fact for n, one in enumerate(events) if n % 10
+        )
+        assert connection.execute(sql.COUNT_DEAD_LETTERS).fetchone() == (300,)
+
+
+def test_small_batches_of_which_postgres_refuses_all_stop_the_loader_after_a_hundred(
+    loader: Loader, analytics_database: AnalyticsDatabase
+) -> None:
+    with psycopg.connect(analytics_database.owner_url) as connection:
+        connection.execute(
+            "ALTER TABLE analytics.fct_reservations ADD CONSTRAINT our_fault CHECK (amount < 0)"
+        )
+    for first in range(0, 120, 30):
+        assert loader.load(batch([event() for _ in range(30)], first)).dead_letters == 30
+    with pytest.raises(MostlyRefusedError):
+        loader.load(batch([event()], 120))
+    assert loader.claim(TOPIC, TOPIC_ID, [0])[0].next_offset == 120
 
 
 def test_a_rival_that_holds_our_offset_row_is_ended(
