@@ -238,11 +238,12 @@ def _parameters(text: str) -> list[str]:
     return list(names)
 
 
-def test_a_stopped_worker_leaves_no_session(platform: Platform) -> None:
+def test_a_stopped_worker_leaves_the_group_and_no_session(platform: Platform) -> None:
     worker = platform.worker()
     platform.produce([event()])
     platform.wait_for_offsets(1)
     assert worker.stop(how=signal.SIGTERM) == 0
+    assert '"event": "stopped"' in worker.log.read_text()  # not cut off
     assert not platform.rows(
         "SELECT FROM pg_stat_activity"
         " WHERE application_name = 'data-platform' AND datname = current_database()"
