@@ -41,6 +41,17 @@ def head(database: Database) -> str:
     return revision
 
 
+def outdated(database: Database) -> frozenset[str]:
+    """Return the revisions of `database` that are older than ours.
+
+    Whatever else a database says is our head or newer: in an upgrade the schema goes first, and
+    the old code goes on working with it.
+    """
+    script = ScriptDirectory.from_config(_config(database, ""))
+    revisions = {revision.revision for revision in script.walk_revisions()}
+    return frozenset(revisions - {head(database)})
+
+
 def _config(database: Database, url: str) -> Config:
     here = Path(__file__).parent
     config = Config()

@@ -40,7 +40,7 @@ def create_app(
     settings: Settings,
     pool: ConnectionPool[Connection],
     *,
-    schema_revision: str,
+    outdated_schemas: frozenset[str],
     metrics_directory: Path | None = None,
 ) -> Flask:
     """Make the application.
@@ -48,7 +48,7 @@ def create_app(
     Args:
         settings: the checked environment.
         pool: an open pool of this process alone.
-        schema_revision: what `alembic_version` says in a migrated database.
+        outdated_schemas: what `alembic_version` says in a database that lacks a migration.
         metrics_directory: where all workers keep their metrics; None for a single process.
     """
     app = Flask(__name__)
@@ -68,7 +68,7 @@ def create_app(
     app.jinja_env.filters["local_time"] = pages.local_time
     app.register_blueprint(api.blueprint)
     app.register_blueprint(pages.blueprint)
-    _add_health(app, pool, schema_revision, metrics_directory)
+    _add_health(app, pool, outdated_schemas, metrics_directory)
     _add_observation(app)
     app.register_error_handler(Exception, _answer_error)
     return app
@@ -77,7 +77,7 @@ def create_app(
 def _add_health(
     app: Flask,
     pool: ConnectionPool[Connection],
-    schema_revision: str,
+    outdated_schemas: frozenset[str],
     metrics_directory: Path | None,
 ) -> None:
     @app.get("/healthz")
@@ -91,7 +91,7 @@ def _add_health(
                 row = connection.execute(sql.SCHEMA_REVISION).fetchone()
         except psycopg.errors.UndefinedTable:
             row = None
-        if row is None or row[0] != schema_revision:
+        if row is None or row[0] in outdated_schemas:
             raise problems.unavailable("The database is not migrated: reservation-service migrate.")
         return {"status": "ready"}
 

@@ -44,7 +44,7 @@ class _Server(BaseApplication):  # type: ignore[misc]
         self._settings = settings
         self._metrics = metrics
         # Once, before the fork: reading the revisions takes Alembic half a second.
-        self._schema_revision = migrations.head("reservations")
+        self._outdated_schemas = migrations.outdated("reservations")
         super().__init__()
 
     def load_config(self) -> None:
@@ -61,7 +61,7 @@ class _Server(BaseApplication):  # type: ignore[misc]
         return create_app(
             self._settings,
             pool,
-            schema_revision=self._schema_revision,
+            outdated_schemas=self._outdated_schemas,
             metrics_directory=self._metrics,
         )
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -60,6 +61,13 @@ def test_a_history_goes_up_down_and_up_again(
     with psycopg.connect(url) as connection:
         found = connection.execute("SELECT version_num FROM alembic_version").fetchall()
     assert found == [(migrations.head(database),)]
+
+
+@pytest.mark.parametrize("database", ["reservations", "analytics"])
+def test_every_revision_but_the_newest_is_outdated(database: Database) -> None:
+    versions = Path(migrations.__file__).parent / database / "versions"
+    known = {f"{database}_{file.name[:4]}" for file in versions.glob("[0-9]*.py")}
+    assert migrations.outdated(database) == known - {migrations.head(database)}
 
 
 def test_two_migrations_at_once_wait_for_each_other(postgres_server: PostgresServer) -> None:

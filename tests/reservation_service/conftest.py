@@ -62,7 +62,7 @@ def make_client(house: House) -> Iterator[MakeClient]:
             app = create_app(
                 Settings.model_validate(known | settings),
                 pool,
-                schema_revision=migrations.head("reservations"),
+                outdated_schemas=migrations.outdated("reservations"),
             )
             return app.test_client()
 
