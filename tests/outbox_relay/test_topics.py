@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
 from tests.conftest import MakeKafkaCluster
@@ -43,6 +44,7 @@ def test_topics_are_made_once_and_then_checked(make_kafka_cluster: MakeKafkaClus
     assert "concert-catalogue: differs partitions is 1, wanted 3" in differs.stdout
 
 
+@pytest.mark.needs_kafka  # waits for one as long as the command does
 def test_an_unreachable_kafka_is_one_line_and_exit_1() -> None:
     done = topics("127.0.0.1:1")
     assert done.returncode == 1
