@@ -96,14 +96,18 @@ WHERE relay_name = %(name)s AND leader_epoch = %(epoch)s
 
 # A small batch, all of it in one statement: what this statement sees and `published` did not.
 # Not visible in a snapshot = its xmax or later, or in progress in it, so an index on
-# transaction_id finds the rows, however far back their ids lie. MATERIALIZED and UNION ALL keep
+# transaction_id finds the rows, however far back their ids lie. The upper bound is for rows of a
+# restored dump, whose ids lie in this server's future: they would be new in every batch for ever.
+# MATERIALIZED and UNION ALL keep
 # the planner from walking the primary key instead (ORDER BY id LIMIT n tempts it: 120 ms for 0.03).
 # pg_column_size() does not read a value stored out of line, so the bound in bytes costs nothing.
 READ_FRESH = """
 WITH fresh AS MATERIALIZED (
     (
         SELECT id, topic, key, payload, headers
-        FROM outbox WHERE transaction_id >= %(xmax)s::xid8
+        FROM outbox
+        WHERE transaction_id >= %(xmax)s::xid8
+          AND transaction_id < pg_snapshot_xmax(pg_current_snapshot())
         UNION ALL
         SELECT id, topic, key, payload, headers
         FROM outbox WHERE transaction_id = ANY (%(in_progress)s::xid8[])
@@ -126,7 +130,9 @@ FROM measured WHERE bytes_before < %(max_bytes)s ORDER BY id
 BEGIN_BIG_BATCH = """
 SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text, min(first_id)
 FROM (
-    SELECT min(id + 0) AS first_id FROM outbox WHERE transaction_id >= %(xmax)s::xid8
+    SELECT min(id + 0) AS first_id FROM outbox
+    WHERE transaction_id >= %(xmax)s::xid8
+      AND transaction_id < pg_snapshot_xmax(pg_current_snapshot())
     UNION ALL
     SELECT min(id + 0) FROM outbox WHERE transaction_id = ANY (%(in_progress)s::xid8[])
 ) AS both_parts

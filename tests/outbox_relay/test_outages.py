@@ -60,6 +60,20 @@ def test_the_relay_outlives_a_crash_of_postgres_and_says_so_once(
     assert relay.log.read_text().count('"waiting"') <= 2
 
 
+def test_sigterm_ends_a_relay_whose_postgres_is_frozen_within_ten_seconds(
+    private_outbox: tuple[PostgresServer, Outbox], start_relay: StartRelay
+) -> None:
+    server, outbox = private_outbox
+    outbox.insert("a", "1")
+    relay = start_relay(outbox)
+    wait_until(outbox.records, 20, "the first row")
+    server.pause()
+    try:
+        assert relay.stop(timeout_s=10) == 0
+    finally:
+        server.resume()
+
+
 def test_the_relay_waits_for_kafka_and_publishes_everything_when_it_is_back(
     outbox: Outbox, start_relay: StartRelay, make_kafka_cluster: MakeKafkaCluster
 ) -> None:

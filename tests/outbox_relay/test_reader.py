@@ -86,6 +86,21 @@ def test_rows_of_rolled_back_transactions_and_savepoints_are_never_read(
     assert read_all(connection, START)[0] == [2, 4]
 
 
+def test_a_row_whose_transaction_lies_in_the_future_is_not_read_again_and_again(
+    reservation_database: ReservationDatabase, connection: psycopg.Connection
+) -> None:
+    with writer(reservation_database) as restored:
+        restored.execute(
+            "INSERT INTO outbox (topic, key, payload, transaction_id)"
+            " VALUES (%s, 'k', '1', '999999999999')",
+            (TOPIC,),
+        )
+        insert(restored, 2)
+    numbers, position = read_all(connection, START)
+    assert numbers == [2]
+    assert read_all(connection, position, max_rows=1) == ([], position)
+
+
 def test_a_big_batch_is_read_to_its_end_with_one_snapshot_from_any_stored_position(
     reservation_database: ReservationDatabase, connection: psycopg.Connection
 ) -> None:
