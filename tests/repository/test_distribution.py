@@ -58,6 +58,50 @@ def test_the_installed_wheel_finds_its_migrations(wheel: Path, tmp_path: Path) -
     assert "analytics_0" in done.stdout
 
 
+# Lets a program see only what a lock file installs.
+ONLY_LOCKED = """
+import importlib, importlib.metadata, pkgutil, sys
+
+package, *locked = sys.argv[1:]
+allowed = {name.lower().replace("_", "-") for name in locked} | {"concert-reservation"}
+modules = importlib.metadata.packages_distributions()
+
+class Installed:
+    def find_spec(self, name, path=None, target=None):
+        owners = modules.get(name.partition(".")[0], [])
+        if owners and not any(o.lower().replace("_", "-") in allowed for o in owners):
+            raise ModuleNotFoundError(f"{name} is not locked for {package}", name=name)
+
+sys.meta_path.insert(0, Installed())
+for name in package.split(","):
+    root = importlib.import_module(name)
+    for module in pkgutil.walk_packages(root.__path__, f"{name}."):
+        if module.name != "migrations.env":  # runs only inside a migration
+            importlib.import_module(module.name)
+"""
+
+
+@pytest.mark.parametrize(
+    ("lock", "packages"),
+    [
+        ("service", "reservation_service,migrations"),
+        ("relay", "outbox_relay"),
+        ("loader", "data_platform,migrations"),
+    ],
+)
+def test_a_part_runs_with_what_its_own_lock_installs(lock: str, packages: str) -> None:
+    text = (ROOT / "requirements" / f"{lock}.txt").read_text(encoding="utf-8")
+    locked = re.findall(r"^([a-z0-9._-]+)==", text, flags=re.MULTILINE)
+    done = subprocess.run(
+        [sys.executable, "-c", ONLY_LOCKED, packages, *locked],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.name)
 def test_a_lock_pins_everything_with_hashes_and_names_no_index(lock: Path) -> None:
     text = lock.read_text(encoding="utf-8")
