@@ -4,7 +4,6 @@ import json
 import urllib.error
 import urllib.request
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Self
 
 from devstack.processes import DevstackError, Process, succeed
@@ -26,12 +25,7 @@ class Application:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._cleanup.close()
 
     def seed(self) -> None:

@@ -7,7 +7,6 @@ resolution of the figures.
 
 import threading
 import time
-from types import TracebackType
 from typing import Self
 
 import psycopg
@@ -36,12 +35,7 @@ class Sightings:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join(JOIN_TIMEOUT_S)
 

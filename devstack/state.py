@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from secrets import SystemRandom
-from types import TracebackType
 from typing import Self
 
 from devstack.processes import ConfigurationError, wait_until
@@ -88,12 +87,7 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Remove the folder; whoever used it has ended its programs before."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self.lock_fd)

@@ -3,7 +3,6 @@
 import select
 import socket
 import threading
-from types import TracebackType
 from typing import Self
 
 from devstack.processes import wait_until
@@ -29,12 +28,7 @@ class SwallowingProxy:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._listener.close()
         self._thread.join(TIMEOUT_S)
 

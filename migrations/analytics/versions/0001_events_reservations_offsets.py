@@ -2,30 +2,12 @@
 
 from alembic import op
 
+from migrations.roles import missing_roles
+
 revision = "analytics_0001"
 down_revision = None
 
-# As in the reservations' history: made if missing, no password, kept on downgrade.
-ROLES = """
-DO $$
-DECLARE
-    wanted text;
-BEGIN
-    FOREACH wanted IN ARRAY ARRAY['data_platform', 'analyst'] LOOP
-        BEGIN
-            IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = wanted) THEN
-                EXECUTE format('CREATE ROLE %I LOGIN', wanted);
-            END IF;
-        EXCEPTION
-            WHEN duplicate_object OR unique_violation THEN NULL;
-            WHEN insufficient_privilege THEN
-                RAISE EXCEPTION 'role % is missing and this user may not create it', wanted
-                    USING HINT = format('As an administrator: CREATE ROLE %I LOGIN;', wanted);
-        END;
-    END LOOP;
-END
-$$
-"""
+ROLES = missing_roles("data_platform", "analyst")
 
 # Identifiers are compared byte for byte (COLLATE "C"): faster, and no locale can merge two keys.
 FACTS = """

@@ -2,32 +2,12 @@
 
 from alembic import op
 
+from migrations.roles import missing_roles
+
 revision = "reservations_0001"
 down_revision = None
 
-# Roles belong to the server: made if missing, without a password (the operator gives one with
-# ALTER ROLE), and kept on downgrade. A role that a concurrent migration of another database on
-# the same server has just made is as good as our own.
-ROLES = """
-DO $$
-DECLARE
-    wanted text;
-BEGIN
-    FOREACH wanted IN ARRAY ARRAY['reservation_service', 'outbox_relay'] LOOP
-        BEGIN
-            IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = wanted) THEN
-                EXECUTE format('CREATE ROLE %I LOGIN', wanted);
-            END IF;
-        EXCEPTION
-            WHEN duplicate_object OR unique_violation THEN NULL;
-            WHEN insufficient_privilege THEN
-                RAISE EXCEPTION 'role % is missing and this user may not create it', wanted
-                    USING HINT = format('As an administrator: CREATE ROLE %I LOGIN;', wanted);
-        END;
-    END LOOP;
-END
-$$
-"""
+ROLES = missing_roles("reservation_service", "outbox_relay")
 
 CATALOGUE = """
 CREATE TABLE concerts (
