@@ -119,6 +119,17 @@ def test_a_big_batch_is_read_to_its_end_with_one_snapshot_from_any_stored_positi
         assert [json.loads(row.payload) for row in chunk.rows] == list(range(1, 11))
 
 
+@pytest.mark.parametrize("rows", [9, 10, 11, 20, 21])
+def test_batches_around_the_size_of_a_chunk_are_read_whole_and_in_order(
+    reservation_database: ReservationDatabase, connection: psycopg.Connection, rows: int
+) -> None:
+    with writer(reservation_database) as connection_of_writer:
+        insert(connection_of_writer, *range(rows))
+    numbers, position = read_all(connection, START, max_rows=10)
+    assert numbers == list(range(rows))
+    assert position.batch_snapshot is None
+
+
 def test_a_chunk_is_bounded_in_bytes_and_the_rest_of_its_batch_follows(
     reservation_database: ReservationDatabase, connection: psycopg.Connection
 ) -> None:
