@@ -39,11 +39,16 @@ class Row(NamedTuple):
 
 
 class BadRecord(NamedTuple):
-    """A record that goes to the dead letters, and why."""
+    """A record that goes to the dead letters, and why; made by `bad_record`.
+
+    Attributes:
+        headers: in order, as [[name, value in base64 or null], ...].
+    """
 
     message: Message
     reason: str
     error: str
+    headers: list[list[str | None]]
 
 
 @dataclass(frozen=True)
@@ -92,20 +97,31 @@ def decode(slices: Sequence[Slice], decoders: Mapping[str, Decoder]) -> Decoded:
             try:
                 rows.append(Row(message, decoder(message.key(), message.value())))
             except BadRecordError as error:
-                bad.append(BadRecord(message, error.reason, printable(str(error))))
+                bad.append(bad_record(message, error.reason, error))
     return Decoded(slices, rows, bad)
+
+
+def bad_record(message: Message, reason: str, error: BaseException) -> BadRecord:
+    """Make a bad record of a message; to be called once for each."""
+    # A name that isn't UTF-8 makes the first call raise a SystemError. A second call on the same
+    # message would return what was half made, and crash the process.
+    try:
+        headers = _as_json(message)
+    except (SystemError, UnicodeDecodeError) as unreadable:
+        note = f"headers unreadable: {unreadable.__cause__ or unreadable}; {error}"
+        return BadRecord(message, reason, printable(note), [])
+    return BadRecord(message, reason, printable(str(error)), headers)
+
+
+def _as_json(message: Message) -> list[list[str | None]]:
+    headers = cast("list[tuple[str, bytes | None]]", message.headers() or [])
+    return [
+        [printable(name), None if value is None else base64.b64encode(value).decode()]
+        for name, value in headers
+    ]
 
 
 def printable(text: str) -> str:
     """Make `text` storable as Postgres text: no NUL, no lone surrogate, of bounded length."""
     storable = text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
     return storable[:ERROR_TEXT_LENGTH_CHARACTERS]
-
-
-def headers_as_json(message: Message) -> list[list[str | None]]:
-    """The record's headers in order, as [[name, value in base64 or null], ...]."""
-    headers = cast("list[tuple[str, bytes | None]]", message.headers() or [])
-    return [
-        [printable(name), None if value is None else base64.b64encode(value).decode()]
-        for name, value in headers
-    ]

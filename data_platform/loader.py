@@ -22,7 +22,7 @@ from psycopg.rows import TupleRow
 from psycopg.types.json import Jsonb
 
 from data_platform import sql
-from data_platform.batch import BadRecord, Decoded, Row, Slice, headers_as_json, printable
+from data_platform.batch import BadRecord, Decoded, Row, Slice, bad_record
 from data_platform.errors import Cure, MostlyRefusedError, PlaceLostError, cure_of
 from data_platform.topics import StoredOffset
 
@@ -322,7 +322,7 @@ def _sift(connection: Connection, rows: Sequence[Row], refused: list[BadRecord])
         if cure_of(error) is not Cure.DEAD_LETTER:
             raise
         if len(rows) == 1:
-            refused.append(BadRecord(rows[0].message, "refused", printable(str(error))))
+            refused.append(bad_record(rows[0].message, "refused", error))
             return 0
     middle = len(rows) // 2
     return _sift(connection, rows[:middle], refused) + _sift(connection, rows[middle:], refused)
@@ -339,11 +339,11 @@ def _put_aside(connection: Connection, bad: Sequence[BadRecord]) -> None:
                     "kafka_offset": message.offset(),
                     "raw_key": message.key(),
                     "raw_value": message.value(),
-                    "raw_headers": Jsonb(headers_as_json(message)),
+                    "raw_headers": Jsonb(headers),
                     "reason": reason,
                     "error": error,
                 }
-                for message, reason, error in bad
+                for message, reason, error, headers in bad
             ],
         )
 

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from tests.data_platform.conftest import Platform
+from tests.data_platform.foreign_producer import produce_with_header
 from tests.data_platform.histories import event, expected_facts, expected_states, history
 from tests.data_platform.test_events import BAD_VALUES
 from tests.waiting import wait_until
@@ -40,6 +41,30 @@ def test_bad_records_are_put_aside_byte_for_byte_and_all_else_is_loaded(
     assert platform.facts() == expected_facts(good)
     assert platform.states() == expected_states(good)
     assert platform.status()["dead_letters"] == len(bad)
+
+
+def test_a_header_name_that_is_not_utf_8_keeps_nothing_from_being_loaded_or_put_aside(
+    platform: Platform,
+) -> None:
+    platform.execute(
+        "ALTER TABLE analytics.fct_reservations"
+        " ADD CONSTRAINT nobody_called_x CHECK (customer_id <> 'x')"
+    )
+    good, refused, last = event(), event(customer_id="x"), event()
+    for key, value in ((b"k", b"bad"), (good.key, good.value), (refused.key, refused.value)):
+        produce_with_header(platform.bootstrap_servers, platform.topic, key, value, b"\xff\xfe")
+    worker = platform.worker()
+    platform.produce([last])
+    platform.wait_for_offsets(4)
+
+    assert worker.alive
+    assert platform.facts() == expected_facts([good, last])
+    assert platform.dead_letters() == [
+        (b"k", b"bad", [], "not-json"),
+        (refused.key, refused.value, [], "refused"),
+    ]
+    for (error,) in platform.rows("SELECT error FROM analytics.dead_letters"):
+        assert error.startswith("headers unreadable: 'utf-8' codec can't decode")
 
 
 def test_a_topic_of_nothing_but_bad_records_is_put_aside_whole(platform: Platform) -> None:
