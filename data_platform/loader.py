@@ -80,6 +80,10 @@ class Loader:
                 sql.CLAIM_OFFSET,
                 [{"topic": topic, "kafka_partition": p, "topic_id": topic_id} for p in partitions],
             )
+            connection.execute(
+                sql.ADOPT_TOPIC,
+                {"topic": topic, "topic_id": topic_id, "partitions": list(partitions)},
+            )
             rows = connection.execute(sql.READ_OFFSETS, {"topic": topic})
             return {row[0]: StoredOffset(row[1], row[2]) for row in rows}
 

@@ -92,13 +92,19 @@ ON CONFLICT (reservation_id) DO UPDATE SET
 WHERE stored.version < excluded.version
 """
 
-# A partition that is met for the first time begins at 0. A row that never moved takes the id of
-# a topic made anew: nothing was loaded from the old one.
+# A partition that is met for the first time begins at 0. (DO UPDATE would lock the row even where
+# its WHERE is false: a frozen worker that holds it would keep everybody from claiming it.)
 CLAIM_OFFSET = """
-INSERT INTO analytics.load_offsets AS stored (topic, kafka_partition, next_offset, topic_id)
+INSERT INTO analytics.load_offsets (topic, kafka_partition, next_offset, topic_id)
 VALUES (%(topic)s, %(kafka_partition)s, 0, %(topic_id)s)
-ON CONFLICT (topic, kafka_partition) DO UPDATE SET topic_id = excluded.topic_id
-WHERE stored.next_offset = 0 AND stored.topic_id <> excluded.topic_id
+ON CONFLICT (topic, kafka_partition) DO NOTHING
+"""
+
+# A row that never moved takes the id of a topic made anew: nothing was loaded from the old one.
+ADOPT_TOPIC = """
+UPDATE analytics.load_offsets SET topic_id = %(topic_id)s
+WHERE topic = %(topic)s AND next_offset = 0 AND topic_id <> %(topic_id)s
+    AND kafka_partition = ANY (%(partitions)s)
 """
 
 READ_OFFSETS = """

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 import psycopg
 import pytest
@@ -14,7 +15,7 @@ from data_platform.events import decode_reservation_event
 from data_platform.loader import APPLICATION_NAME, Loader
 from data_platform.topics import StoredOffset
 from tests.data_platform.conftest import Platform
-from tests.data_platform.histories import FACTS, STATES, Event, event, history
+from tests.data_platform.histories import FACTS, STATES, Event, event, expected_facts, history
 from tests.databases import AnalyticsDatabase
 from tests.waiting import wait_until
 
@@ -145,6 +146,31 @@ def test_a_rival_that_holds_our_offset_row_is_ended(
         with pytest.raises(psycopg.OperationalError):
             rival.execute("SELECT 1")
         rival.close()
+
+
+def test_a_worker_that_comes_new_takes_over_from_one_frozen_inside_copy(
+    platform: Platform,
+) -> None:
+    worker = platform.worker()
+    for number in range(6):
+        platform.produce_raw([(b"k", b"bad")], number)
+    platform.wait_for_offsets(6)
+    assert worker.stop() == 0
+    with psycopg.connect(platform.database.loader_url, application_name=APPLICATION_NAME) as frozen:
+        rows = frozen.execute(
+            sql.LOCK_OFFSETS, {"topics": [platform.topic] * 6, "partitions": list(range(6))}
+        )
+        assert len(rows.fetchall()) == 6
+        frozen.execute("SELECT pg_current_xact_id()")
+        frozen.execute(sql.CREATE_STAGE)
+        # Neither idle (no idle_in_transaction_session_timeout) nor going on.
+        with suppress(psycopg.OperationalError), frozen.cursor().copy(sql.STAGE):
+            events = history(30, seed=9)
+            platform.produce(events)
+            platform.worker()
+            platform.wait_for_offsets(6 + len(events), timeout_s=20)
+        frozen.close()
+    assert platform.facts() == expected_facts(events)
 
 
 def test_a_stranger_that_holds_our_offset_row_is_left_alone(
