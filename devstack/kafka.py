@@ -10,8 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient
-from confluent_kafka.cimpl import NewTopic
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without a word
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    NewTopic,
+)
 
 from devstack.java import Progress, java_and_jars, kafka_version
 from devstack.processes import Process, ProcessDiedError, Running, succeed, wait_until
@@ -244,6 +249,20 @@ class KafkaCluster:
             TOPIC_TIMEOUT_S,
             f"leaders of topic {name}",
         )
+
+    def set_topic_config(self, name: str, config: Mapping[str, str]) -> None:
+        """Change settings of a topic.
+
+        Raises:
+            KafkaException: the brokers refused.
+        """
+        change = ConfigResource(ConfigResource.Type.TOPIC, name)
+        for setting, value in config.items():
+            change.add_incremental_config(
+                ConfigEntry(setting, value, incremental_operation=AlterConfigOpType.SET)
+            )
+        admin = self._admin()  # a collected one would drop its futures
+        admin.incremental_alter_configs([change])[change].result(TOPIC_TIMEOUT_S)
 
     def leader_of(self, topic: str, partition: int = 0) -> Broker:
         """The broker that leads a partition.

@@ -13,6 +13,7 @@ from confluent_kafka import KafkaException
 from outbox_relay import __version__, leadership, logs, metrics, status, topics
 from outbox_relay.config import ConfigurationError, KafkaSettings, Settings, load
 from outbox_relay.leadership import RefusedError
+from outbox_relay.publisher import Publisher
 from outbox_relay.relay import Relay
 from outbox_relay.stopping import Stop, StopOverdueError
 
@@ -27,7 +28,10 @@ def cli() -> None:
 def run() -> None:
     """Publish until stopped; one relay of a name leads, others stand by."""
     settings = load(Settings)
-    settings.kafka_properties()  # refused now, not at the first record
+    try:  # a relay that stands by must not find out when it takes over
+        Publisher.check(settings.kafka_properties())
+    except KafkaException as error:
+        raise ConfigurationError(f"KAFKA_PROPERTIES_FILE: {error.args[0].str()}") from error
     logs.configure(settings.log_level)
     structlog.contextvars.bind_contextvars(relay=settings.outbox_relay_name)
     relay = Relay(settings, Stop(), metrics.Metrics())
@@ -35,7 +39,10 @@ def run() -> None:
         try:
             metrics.serve(relay.metrics, settings.metrics_host, settings.metrics_port)
         except OSError as error:
-            raise ConfigurationError(f"METRICS_PORT: {error}") from error
+            where = f"{settings.metrics_host}:{settings.metrics_port}"
+            raise ConfigurationError(
+                f"METRICS_PORT: cannot listen on {where} ({error.strerror}); expected a free port"
+            ) from error
     try:
         relay.run()
     except StopOverdueError:

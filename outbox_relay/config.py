@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 # What makes the guarantees; a user's properties file may not contradict it.
@@ -38,6 +40,14 @@ class ConfigurationError(Exception):
 
 def _upper(value: object) -> object:
     return value.upper() if isinstance(value, str) else value
+
+
+def _postgres_url(value: SecretStr) -> SecretStr:
+    try:
+        conninfo_to_dict(value.get_secret_value())
+    except psycopg.ProgrammingError:  # its text would show the password
+        raise ValueError from None
+    return value
 
 
 def _available(value: object) -> object:
@@ -94,6 +104,7 @@ class Settings(KafkaSettings):
 
     outbox_relay_database_url: Annotated[
         SecretStr,
+        AfterValidator(_postgres_url),
         Field(description="a PostgreSQL connection URL like postgresql://user@host:5432/database"),
     ]
     outbox_relay_delivery: Annotated[
@@ -111,8 +122,9 @@ class Settings(KafkaSettings):
     outbox_relay_chunk_max_bytes: Annotated[
         int, Field(ge=1, le=64 * 2**20, description="1 to 67108864 bytes")
     ] = 8 * 2**20
+    # Well below the idle_session_timeout of sql.SESSION_OPTIONS.
     outbox_relay_poll_interval_ms: Annotated[
-        int, Field(ge=1, le=10_000, description="1 to 10000 milliseconds")
+        int, Field(ge=1, le=5_000, description="1 to 5000 milliseconds")
     ] = 15
 
     @property

@@ -3,8 +3,9 @@
 import threading
 import time
 from collections.abc import Iterable
+from socketserver import ThreadingMixIn
 from typing import Any
-from wsgiref.simple_server import WSGIRequestHandler, make_server
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
@@ -79,12 +80,20 @@ def serve(metrics: Metrics, host: str, port: int) -> None:
         start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
         return [status.encode()]
 
-    server = make_server(host, port, application, handler_class=_Quiet)
+    server = make_server(host, port, application, _Server, _Quiet)
     threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread a request: one that says nothing must not make a healthy relay look dead."""
+
+    daemon_threads = True
 
 
 class _Quiet(WSGIRequestHandler):
     """Requests of a scraper are not worth a line each."""
+
+    timeout = 5
 
     def log_message(self, *_: object) -> None:
         return None

@@ -1,13 +1,13 @@
 """Publishes records to Kafka, at least once and each key in order.
 
 An idempotent producer without a time limit keeps the order of what it was given and acknowledges
-each record or fails it. After the first failure nothing behind it counts: the producer is thrown
-away, and the relay starts again from its stored cursor.
+each record or fails it. After the first failure only the records before it count: the producer is
+thrown away, and the relay goes on behind the last of them.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Self
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
@@ -35,7 +35,15 @@ DEFAULT_PRODUCER_PROPERTIES: Mapping[str, str | int | bool] = {
 
 
 class PublishError(Exception):
-    """Kafka did not take a record; nothing behind the stored cursor counts as published."""
+    """Kafka did not take a record.
+
+    Attributes:
+        acknowledged_rows: how many rows before the first unacknowledged one Kafka has.
+    """
+
+    def __init__(self, message: str, acknowledged_rows: int = 0) -> None:
+        super().__init__(message)
+        self.acknowledged_rows = acknowledged_rows
 
 
 class Publisher:
@@ -54,8 +62,19 @@ class Publisher:
                 "log_level": 0,
             }
         )
-        self._unacknowledged = 0
-        self._failure: KafkaError | None = None
+        self._rows: Sequence[Row] = ()
+        self._acknowledged = bytearray()
+        self._failure: tuple[int, KafkaError] | None = None
+
+    @classmethod
+    def check(cls, kafka_properties: Mapping[str, str]) -> None:
+        """Make a producer and throw it away.
+
+        Raises:
+            KafkaException: librdkafka doesn't take these properties.
+        """
+        with cls(kafka_properties, lambda _: None):
+            pass
 
     def __enter__(self) -> Self:
         return self
@@ -72,16 +91,22 @@ class Publisher:
         Raises:
             PublishError: Kafka refused a record, or the producer is beyond repair.
         """
-        for row in rows:
-            self._send(row, keep_leading)
+        self._rows, self._acknowledged = rows, bytearray(len(rows))
+        for index in range(len(rows)):
+            self._send(index, keep_leading)
         while self._producer.flush(WAIT_SLICE_S) > 0:
             self._raise_failure()
             keep_leading()
         self._raise_failure()
-        if self._unacknowledged != 0:
-            raise PublishError(f"{self._unacknowledged} records are neither sent nor failed")
+        if not all(self._acknowledged):
+            raise PublishError("a record was neither taken nor refused", self._leading())
 
-    def _send(self, row: Row, keep_leading: Callable[[], None]) -> None:
+    def poll(self) -> None:
+        """Let the client report what happened while nothing was published."""
+        self._producer.poll(0)
+
+    def _send(self, index: int, keep_leading: Callable[[], None]) -> None:
+        row = self._rows[index]
         while True:
             try:
                 self._producer.produce(
@@ -89,27 +114,37 @@ class Publisher:
                     value=row.payload,
                     key=row.key,
                     headers=_headers(row.headers),
-                    on_delivery=self._acknowledge,
+                    on_delivery=partial(self._acknowledge, index),
                 )
             except BufferError:  # the queue is full: wait for acknowledgements
                 self._producer.poll(WAIT_SLICE_S)
                 self._raise_failure()
                 keep_leading()
-            except KafkaException as error:
-                raise PublishError(f"outbox row {row.id}: {error.args[0].str()}") from error
+            except KafkaException as error:  # refused by the client itself
+                self._failure = self._failure or (index, error.args[0])
+                self._raise_failure()
             else:
-                self._unacknowledged += 1
                 return
 
-    def _acknowledge(self, error: KafkaError | None, _: Message) -> None:
+    def _acknowledge(self, index: int, error: KafkaError | None, _: Message) -> None:
         if error is None:
-            self._unacknowledged -= 1
+            self._acknowledged[index] = 1
         elif self._failure is None:
-            self._failure = error
+            self._failure = index, error
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
-            raise PublishError(f"Kafka refused a record: {self._failure.str()}")
+            index, error = self._failure
+            row = self._rows[index]
+            raise PublishError(
+                f"outbox row {row.id} (topic {row.topic}, key {row.key}): {error.str()}",
+                self._leading(),
+            )
+
+    def _leading(self) -> int:
+        """Return how many rows Kafka has before the first that it has not."""
+        first_missing = self._acknowledged.find(0)
+        return len(self._acknowledged) if first_missing < 0 else first_missing
 
 
 @lru_cache(maxsize=1024)

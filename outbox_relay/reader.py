@@ -54,10 +54,20 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Rows to publish, in order, and the position once all of them are acknowledged."""
+    """Rows to publish, in order, and the position once all of them are acknowledged.
+
+    `batch` is a position within the chunk's batch, for when only a part of it is.
+    """
 
     rows: Sequence[Row]
     position: Position
+    batch: Position
+
+    def position_after(self, rows: int) -> Position:
+        """Return the position when only the first `rows` rows (at least one) are acknowledged."""
+        if rows == len(self.rows):
+            return self.position
+        return replace(self.batch, batch_last_id=self.rows[rows - 1].id)
 
 
 def read(
@@ -89,23 +99,27 @@ def _read_fresh(
         binary=True,
     ).fetchall()
     if not found:
-        return Chunk(rows=(), position=position)
+        return Chunk(rows=(), position=position, batch=position)
     *_, snapshot, wal_lsn, batch_rows = found[0]
     if batch_rows > max_rows:
         return None
     _flush_wal(connection, wal_lsn)
     rows = [Row(*columns[:5]) for columns in found]
+    batch = replace(position, batch_snapshot=snapshot, batch_last_id=rows[-1].id, wal_lsn=wal_lsn)
     if len(rows) == batch_rows:
-        return Chunk(rows, Position(published_snapshot=snapshot, wal_lsn=wal_lsn))
+        return Chunk(rows, Position(published_snapshot=snapshot, wal_lsn=wal_lsn), batch)
     # Cut by bytes: the rest of the same batch comes by id.
-    return Chunk(
-        rows,
-        replace(position, batch_snapshot=snapshot, batch_last_id=rows[-1].id, wal_lsn=wal_lsn),
-    )
+    return Chunk(rows, batch, batch)
 
 
 def _begin_big_batch(connection: psycopg.Connection, position: Position) -> Position:
-    found = connection.execute(sql.BEGIN_BIG_BATCH, position.unpublished()).fetchone()
+    # A relay's first batch is the whole table: no need to visit all of it to know where it begins.
+    statement = (
+        sql.BEGIN_WHOLE_OUTBOX
+        if position.published_snapshot == EMPTY_SNAPSHOT
+        else sql.BEGIN_BIG_BATCH
+    )
+    found = connection.execute(statement, position.unpublished()).fetchone()
     assert found is not None, "an aggregate returns one row"  # noqa: S101
     snapshot, wal_lsn, first_id = found
     _flush_wal(connection, wal_lsn)
@@ -135,9 +149,10 @@ def _read_big_batch(
     if not found:
         assert position.batch_snapshot is not None, "a big batch has its snapshot"  # noqa: S101
         done = Position(published_snapshot=position.batch_snapshot, wal_lsn=position.wal_lsn)
-        return Chunk(rows=(), position=done)
+        return Chunk(rows=(), position=done, batch=position)
     rows = [Row(*columns) for columns in found]
-    return Chunk(rows, replace(position, batch_last_id=rows[-1].id))
+    batch = replace(position, batch_last_id=rows[-1].id)
+    return Chunk(rows, batch, batch)
 
 
 def _flush_wal(connection: psycopg.Connection, wal_lsn: str) -> None:

@@ -6,7 +6,7 @@ remembered across connections, because a crashed Postgres may have taken back wh
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psycopg
 import structlog
@@ -17,6 +17,7 @@ from outbox_relay.config import Settings
 from outbox_relay.leadership import LostLeadershipError, Term
 from outbox_relay.metrics import Metrics
 from outbox_relay.publisher import Publisher, PublishError
+from outbox_relay.reader import Chunk
 from outbox_relay.stopping import Stop
 
 STANDBY_INTERVAL_S = 0.5
@@ -33,6 +34,8 @@ class Relay:
     settings: Settings
     stop: Stop
     metrics: Metrics
+    # Behind a refused record one row at a time, else each attempt would repeat all the others.
+    _chunk_rows: int = field(init=False, default=1)
 
     def run(self) -> None:
         """Serve terms until stopped; outages are waited for, in this place alone.
@@ -41,6 +44,7 @@ class Relay:
             RefusedError: going on by itself could lose or double events.
         """
         outage = _Outage()
+        self._chunk_rows = self.settings.outbox_relay_chunk_max_rows
         while not self.stop.requested:
             try:
                 self._serve_term(outage)
@@ -62,41 +66,49 @@ class Relay:
                 connection, settings.outbox_relay_name, settings.outbox_relay_delivery
             )
             self.metrics.leader.set(1)
-            log.info("leading", position=term.position.published_snapshot)
-            outage.end_of(psycopg.Error, LostLeadershipError)
+            if not outage.ongoing:
+                log.info("leading", position=term.position.published_snapshot)
             brokers = _BrokerReports()
             with Publisher(settings.kafka_properties(), brokers.report) as publisher:
                 while not self.stop.requested:
-                    worked = self._publish_next(connection, term, publisher)
-                    if worked:
-                        outage.end_of(Exception)
-                        brokers.recovered()
-                    else:
+                    chunk = self._read(connection, term)
+                    outage.end_of(psycopg.Error, LostLeadershipError)
+                    if chunk.position == term.position:
+                        publisher.poll()
                         self.stop.wait(settings.outbox_relay_poll_interval_ms / 1000)
+                        continue
+                    self._publish(chunk, term, publisher)
+                    outage.end_of(Exception)
+                    brokers.recovered()
             log.info("stopped leading", position=term.position.published_snapshot)
 
-    def _publish_next(
-        self, connection: psycopg.Connection, term: Term, publisher: Publisher
-    ) -> bool:
-        """Publish the next chunk; return whether there was anything to do."""
-        chunk = reader.read(
+    def _read(self, connection: psycopg.Connection, term: Term) -> Chunk:
+        self.metrics.progressed()
+        return reader.read(
             connection,
             term.position,
-            max_rows=self.settings.outbox_relay_chunk_max_rows,
+            max_rows=self._chunk_rows,
             max_bytes=self.settings.outbox_relay_chunk_max_bytes,
         )
-        self.metrics.progressed()
-        if chunk.position == term.position:
-            return False
+
+    def _publish(self, chunk: Chunk, term: Term, publisher: Publisher) -> None:
+        """Publish a chunk and move the cursor behind what Kafka has of it."""
 
         def keep_leading() -> None:
             term.hold()
             self.metrics.progressed()
 
-        publisher.publish(chunk.rows, keep_leading)
+        try:
+            publisher.publish(chunk.rows, keep_leading)
+        except PublishError as error:
+            self._chunk_rows = 1
+            if error.acknowledged_rows:
+                position = chunk.position_after(error.acknowledged_rows)
+                term.advance(position, rows=error.acknowledged_rows)
+            raise
         term.advance(chunk.position, rows=len(chunk.rows))
+        self._chunk_rows = min(2 * self._chunk_rows, self.settings.outbox_relay_chunk_max_rows)
         self.metrics.published(len(chunk.rows))
-        return True
 
     def _wait_for_leadership(self, connection: psycopg.Connection, outage: "_Outage") -> bool:
         """Return True as the leader, False when stopped while standing by."""
@@ -116,25 +128,31 @@ class _Outage:
     """Says once that something fails, and once that it is over; the backoff is bounded."""
 
     def __init__(self) -> None:
-        self._error: Exception | None = None
+        # The kind, not the error: its traceback would keep the last term's producer alive.
+        self._kind: type[Exception] | None = None
         self._since = 0.0
         self.backoff_s = 0.0
 
     def tell(self, error: Exception) -> None:
         """Note a failure; it is logged when it is of another kind than the last one."""
         self.backoff_s = min(max(self.backoff_s * 2, BACKOFF_FIRST_S), BACKOFF_MAX_S)
-        if self._error is None:
+        if self._kind is None:
             self._since = time.monotonic()
-        if type(self._error) is not type(error):
+        if self._kind is not type(error):
             log.warning("waiting", reason=type(error).__name__, error=str(error).strip())
-        self._error = error
+        self._kind = type(error)
 
     def end_of(self, *kinds: type[Exception]) -> None:
         """Note that what failed in one of these ways works again."""
-        if isinstance(self._error, kinds):
+        if self._kind is not None and issubclass(self._kind, kinds):
             log.info("recovered", after_s=round(time.monotonic() - self._since, 1))
-            self._error = None
+            self._kind = None
             self.backoff_s = 0.0
+
+    @property
+    def ongoing(self) -> bool:
+        """Whether something fails at present."""
+        return self._kind is not None
 
 
 class _BrokerReports:

@@ -3,14 +3,17 @@
 Snapshots travel as text, transaction ids as decimal text: Postgres' own types do the arithmetic.
 """
 
-# What a session of the relay is like. A stopped process must lose its advisory lock
-# (idle_session_timeout); sequential scans are off because a generic plan guesses that a third of
-# the table is new; `local` is enough to know that our own server won't take a row back.
+# What a session of the relay is like. A stopped process must lose its advisory lock: when idle
+# through idle_session_timeout, in the middle of a result through the server's tcp_user_timeout (on
+# a Unix socket nothing ends the latter). Sequential scans are off because a generic plan guesses
+# that a third of the table is new; `local` is enough to know that our own server won't take a row
+# back.
 SESSION_OPTIONS = (
     "-c idle_session_timeout=10s"
     " -c idle_in_transaction_session_timeout=10s"
     " -c statement_timeout=120s"
     " -c lock_timeout=5s"
+    " -c tcp_user_timeout=10s"
     " -c synchronous_commit=local"
     " -c enable_seqscan=off"
     " -c jit=off"
@@ -114,8 +117,9 @@ WITH fresh AS MATERIALIZED (
     )
     LIMIT %(max_rows)s + 1
 ), measured AS (
-    SELECT *, coalesce(sum(pg_column_size(payload)) OVER (
-        ORDER BY id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS bytes_before
+    SELECT *, coalesce(
+        sum(pg_column_size(payload) + pg_column_size(headers) + pg_column_size(key)) OVER (
+            ORDER BY id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS bytes_before
     FROM fresh
 )
 SELECT id, topic, key, payload, headers::text,
@@ -138,6 +142,10 @@ FROM (
 ) AS both_parts
 """
 
+BEGIN_WHOLE_OUTBOX = (
+    "SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text, 1::bigint"
+)
+
 # The next rows of a big batch, by id, with its snapshot fixed: the same rows after any restart.
 READ_BIG_BATCH = """
 WITH chunk AS MATERIALIZED (
@@ -147,8 +155,9 @@ WITH chunk AS MATERIALIZED (
       AND pg_visible_in_snapshot(transaction_id, %(batch_snapshot)s::pg_snapshot)
     ORDER BY id LIMIT %(max_rows)s
 ), measured AS (
-    SELECT *, coalesce(sum(pg_column_size(payload)) OVER (
-        ORDER BY id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS bytes_before
+    SELECT *, coalesce(
+        sum(pg_column_size(payload) + pg_column_size(headers) + pg_column_size(key)) OVER (
+            ORDER BY id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS bytes_before
     FROM chunk
 )
 SELECT id, topic, key, payload, headers::text

@@ -4,7 +4,7 @@ import signal
 import threading
 from types import FrameType
 
-FINISH_WITHIN_S = 8.0
+FINISH_WITHIN_S = 6.0
 
 
 class StopOverdueError(Exception):

@@ -12,6 +12,8 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
 
 REQUEST_TIMEOUT_S = 15.0
 SAFE_REPLICATION_FACTOR = 3
+# More than outbox_topics allows: what the database takes, the broker must take too.
+MAX_BYTES = "1048588"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +28,14 @@ class TopicSpec:
 def wanted_topics(cursor_topic: str) -> tuple[TopicSpec, ...]:
     """Return the events' topics and the relay's own cursor topic."""
     return (
-        TopicSpec("concert-reservation", 6, {"retention.ms": "-1", "cleanup.policy": "delete"}),
-        TopicSpec("concert-catalogue", 3, {"cleanup.policy": "compact"}),
+        TopicSpec(
+            "concert-reservation",
+            6,
+            {"retention.ms": "-1", "cleanup.policy": "delete", "max.message.bytes": MAX_BYTES},
+        ),
+        TopicSpec(
+            "concert-catalogue", 3, {"cleanup.policy": "compact", "max.message.bytes": MAX_BYTES}
+        ),
         # Compaction spares the active segment: a short one keeps the cursors to read few.
         TopicSpec(
             cursor_topic,

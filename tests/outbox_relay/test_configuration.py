@@ -31,6 +31,8 @@ def relay(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
         ("OUTBOX_RELAY_NAME", "with space"),
         ("OUTBOX_RELAY_DELIVERY", "exactly_once"),
         ("OUTBOX_RELAY_DELIVERY", "at_most_once"),
+        ("OUTBOX_RELAY_DATABASE_URL", "postgres//relay:secret-word@127.0.0.1/x"),
+        ("OUTBOX_RELAY_POLL_INTERVAL_MS", "10000"),
         ("METRICS_PORT", "70000"),
         ("LOG_LEVEL", "LOUD"),
         ("OUTBOX_RELAY_CHUNK_MAX_ROWS", "0"),
@@ -47,6 +49,8 @@ def test_a_wrong_variable_is_named_in_one_line(variable: str, value: str) -> Non
 @pytest.mark.parametrize(
     "line",
     [
+        "no.such.property=1",
+        "linger.ms=soon",
         "acks=1",
         "request.required.acks=0",
         "enable.idempotence=false",

@@ -1,8 +1,9 @@
 """The relay when Postgres or Kafka fails, and when its database is not the one it knew."""
 
+import json
+import random
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 
 import psycopg
@@ -13,10 +14,21 @@ from devstack.postgres import PostgresServer
 from tests.conftest import MakeKafkaCluster, MakePostgresServer
 from tests.databases import create_reservation_database
 from tests.outbox_relay.conftest import Outbox, StartRelay
+from tests.outbox_relay.records import read_topic
 from tests.outbox_relay.test_relay import status
 from tests.waiting import wait_until
 
-RunRelayCommand = Callable[..., subprocess.CompletedProcess[str]]
+# To be asked by the relay's own role: of others' sessions Postgres tells nothing.
+SESSION_OF_13_S = """
+SELECT count(*) FROM pg_stat_activity
+WHERE datname = current_database() AND application_name = 'outbox-relay'
+  AND backend_start < clock_timestamp() - interval '13 seconds'
+"""
+SENDING = """
+SELECT count(*) FROM pg_stat_activity
+WHERE datname = current_database() AND application_name = 'outbox-relay'
+  AND wait_event = 'ClientWrite'
+"""
 
 
 def command(outbox: Outbox, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -72,6 +84,8 @@ def test_sigterm_ends_a_relay_whose_postgres_is_frozen_within_ten_seconds(
         assert relay.stop(timeout_s=10) == 0
     finally:
         server.resume()
+    for line in relay.log.read_text().splitlines():
+        assert isinstance(json.loads(line), dict)
 
 
 def test_the_relay_waits_for_kafka_and_publishes_everything_when_it_is_back(
@@ -106,6 +120,96 @@ def test_a_missing_topic_is_waited_for(
     kafka.create_topic(later, 1)
     wait_until(lambda: status(waiting)["lag_rows"] == 0, 60, "the row")
     assert [r.value for r in waiting.records()] == [b"1"]
+
+
+def test_a_refused_record_holds_up_what_is_behind_it_and_repeats_nothing_for_ever(
+    outbox: Outbox, start_relay: StartRelay, kafka: KafkaCluster
+) -> None:
+    small = f"{outbox.topic}-small"
+    kafka.create_topic(small, 1, {"max.message.bytes": "2000"})
+    with outbox.owner() as connection:
+        connection.execute("INSERT INTO outbox_topics VALUES (%s, 1000000)", (small,))
+        for number in range(400):
+            # Random, so that compression can't make it fit.
+            pad = random.Random(1).randbytes(3_000).hex() if number == 200 else ""  # noqa: S311
+            connection.execute(
+                "INSERT INTO outbox (topic, key, payload) VALUES (%s, %s, %s)",
+                (small if number == 200 else outbox.topic, "k", json.dumps([number, pad])),
+            )
+    relay = start_relay(outbox)
+    wait_until(lambda: relay.log.read_text().count("size too large") >= 1, 20, "the refusal")
+    failures = _metric_of_terms(outbox)
+    wait_until(lambda: _metric_of_terms(outbox) >= failures + 3, 60, "more attempts")
+    numbers = [json.loads(r.value)[0] for r in outbox.records()]
+    # The row stays in front of the cursor; those behind it came at most once before it was seen.
+    assert numbers[:200] == list(range(200))
+    assert len(numbers) <= 399
+    assert status(outbox)["lag_rows"] == 200
+    log = relay.log.read_text()
+    assert f"topic {small}, key k" in log
+    assert log.count('"waiting"') == 1
+
+    kafka.set_topic_config(small, {"max.message.bytes": "1000000"})
+    wait_until(lambda: status(outbox)["lag_rows"] == 0, 60, "the rest")
+    assert {json.loads(r.value)[0] for r in outbox.records()} == set(range(400)) - {200}
+    assert len(read_topic(outbox.bootstrap_servers, small)) == 1
+
+
+def _metric_of_terms(outbox: Outbox) -> int:
+    with outbox.owner() as connection:
+        found = connection.execute("SELECT leader_epoch FROM outbox_relay_cursor").fetchone()
+    return 0 if found is None else int(found[0])
+
+
+def test_a_long_outage_of_kafka_does_not_cost_the_leader_its_session(
+    outbox: Outbox, start_relay: StartRelay
+) -> None:
+    outbox.insert("a", "1")
+    start_relay(outbox, {"KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"})
+    wait_until(lambda: status(outbox)["leader"], 20, "the relay to lead")
+    # Longer than idle_session_timeout: the session that leads is still the first one.
+    with psycopg.connect(outbox.database.relay_url, autocommit=True) as same_role:
+        wait_until(
+            lambda: same_role.execute(SESSION_OF_13_S).fetchone() == (1,), 40, "13 s of one session"
+        )
+    assert _metric_of_terms(outbox) == 2
+
+
+def test_a_leader_stopped_in_the_middle_of_a_result_loses_its_lock(
+    outbox: Outbox, start_relay: StartRelay
+) -> None:
+    with outbox.owner() as connection:
+        connection.execute(
+            "INSERT INTO outbox (topic, key, payload)"
+            " SELECT %s, 'k' || n, to_json(repeat('x', 890000)) FROM generate_series(1, 60) AS n",
+            (outbox.topic,),
+        )
+    with psycopg.connect(outbox.database.relay_url, autocommit=True) as same_role:
+        first = start_relay(outbox, {"OUTBOX_RELAY_CHUNK_MAX_BYTES": str(60 * 2**20)})
+
+        def stopped_while_sending() -> bool:
+            first.pause()
+            if same_role.execute(SENDING).fetchone() == (1,):
+                return True
+            first.resume()
+            return False
+
+        wait_until(stopped_while_sending, 30, "the relay to be stopped in the middle of a result")
+    second = start_relay(outbox)
+    wait_until(lambda: "leading" in second.log.read_text(), 60, "the second to take over")
+
+
+def test_a_relay_that_may_not_read_backs_off_and_says_so_once(
+    outbox: Outbox, start_relay: StartRelay
+) -> None:
+    with outbox.owner() as connection:
+        connection.execute("REVOKE SELECT ON outbox FROM outbox_relay")
+        relay = start_relay(outbox)
+        wait_until(lambda: _metric_of_terms(outbox) >= 6, 30, "some attempts")
+        assert len(relay.log.read_text().splitlines()) <= 2
+        connection.execute("GRANT SELECT ON outbox TO outbox_relay")
+    outbox.insert("a", "1")
+    wait_until(lambda: status(outbox)["lag_rows"] == 0, 30, "the row")
 
 
 def test_a_standby_is_refused_and_a_promoted_server_needs_resume(

@@ -138,7 +138,10 @@ CREATE TABLE outbox (
     ),
     created_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
-ALTER TABLE outbox ALTER COLUMN payload SET STORAGE EXTERNAL;
+ALTER TABLE outbox
+    ALTER COLUMN payload SET STORAGE EXTERNAL,
+    ALTER COLUMN headers SET STORAGE EXTERNAL,
+    ALTER COLUMN key SET STORAGE EXTERNAL;
 CREATE INDEX outbox_by_transaction ON outbox (transaction_id);
 COMMENT ON TABLE outbox IS
     'Events in the transaction of the change they tell of. Append-only: never updated.';
@@ -154,6 +157,10 @@ DECLARE
     allowed_bytes integer;
     wanted_bytes bigint;
 BEGIN
+    -- Whoever inserts: an xid of somebody's choice would hide the row from the relay.
+    NEW.transaction_id := pg_current_xact_id();
+    -- Drivers send NULL for "none".
+    NEW.headers := coalesce(NEW.headers, '{}');
     SELECT max_bytes INTO allowed_bytes FROM public.outbox_topics WHERE topic = NEW.topic;
     IF NOT FOUND THEN
         RAISE EXCEPTION 'outbox: topic "%" is not in outbox_topics', NEW.topic
