@@ -36,6 +36,7 @@ GUARANTEED_PROPERTIES: Mapping[str, str] = {
 RESERVED_PROPERTIES: Mapping[str, str] = {
     "bootstrap.servers": "set KAFKA_BOOTSTRAP_SERVERS instead",
     "group.id": "set DATA_PLATFORM_GROUP instead",
+    "group.instance.id": "two workers with one id would end each other",
 }
 # A properties file may change these.
 CONSUMER_DEFAULTS: Mapping[str, str] = {

@@ -19,7 +19,7 @@ import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from data_platform.batch import Slice
-from data_platform.errors import PlaceLostError
+from data_platform.errors import Cure, PlaceLostError, cure_of
 from data_platform.topics import StoredOffset, Topics, topic_id_in
 
 if TYPE_CHECKING:
@@ -47,11 +47,15 @@ class Partition(NamedTuple):
 
 @dataclass
 class Place:
-    """Where we stand in a partition: `loaded` in Postgres, `reached` by reading to the end."""
+    """Where we stand in a partition: `loaded` in Postgres, `reached` by reading.
+
+    `at_end` says that there was nothing behind `reached` when Kafka was asked last.
+    """
 
     topic_id: str
     loaded: int
     reached: int
+    at_end: bool = False
 
 
 # (topic, topic id, partition numbers) → where Postgres stands in each of them.
@@ -218,6 +222,7 @@ class Source:
             self._slices[partition] = part
         part.messages.append(message)
         part.next_offset = place.reached = int(message.offset() or 0) + 1
+        place.at_end = False
         return len(message.value() or b"") + len(message.key() or b"")
 
     def _take_error(
@@ -225,9 +230,11 @@ class Source:
     ) -> None:
         if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - a public name
             self._note_answer()
-            if place is not None and offset > place.reached:
-                place.reached = offset
-            if place is not None and partition in self._slices:
+            if place is None:
+                return
+            place.reached = max(place.reached, offset)
+            place.at_end = True
+            if partition in self._slices:
                 self._slices[partition].next_offset = place.reached
         elif error.code() in LOST_PLACE:
             raise PlaceLostError(f"{partition}: {error.str()}")
@@ -245,6 +252,13 @@ class Source:
             for partition, place in self._placed.items()
             if place.reached > place.loaded
         ]
+
+    @property
+    def at_end(self) -> bool:
+        """Whether all that was granted is placed, and read to its end."""
+        return all(place.at_end for place in self._placed.values()) and not any(
+            map(self._due, self._granted)
+        )
 
     def wait(self, wait_s: float) -> None:
         """Stay a member of the group for a moment. Nothing may be placed."""
@@ -273,6 +287,9 @@ class Source:
         self._consumer.close()
 
     def _on_client_error(self, error: KafkaError) -> None:
+        trouble = KafkaException(error)
+        if cure_of(trouble) is Cure.END:
+            raise trouble  # called by librdkafka, out of `consume`
         if not self._away:
             log.warning("kafka_trouble", error=error.str(), code=error.name())
         self._away = True

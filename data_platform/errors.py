@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 import psycopg
-from confluent_kafka import KafkaException
+from confluent_kafka import KafkaError, KafkaException
 from psycopg import errors as pg
 
 
@@ -61,7 +61,10 @@ def _unsent(error: BaseException) -> bool:
 
 
 def _fatal_in_kafka(error: BaseException) -> bool:
-    return isinstance(error, KafkaException) and bool(error.args[0].fatal())
+    # A consumer reports it as a message whose error has this code and no `fatal()`.
+    return isinstance(error, KafkaException) and (
+        bool(error.args[0].fatal()) or error.args[0].code() == KafkaError._FATAL  # noqa: SLF001 - a public name
+    )
 
 
 TABLE = (

@@ -67,7 +67,10 @@ class Worker:
                     loaded = self._loader.load(batch)
                 self._source.commit(loaded.slices)
                 self._count(loaded)
-            self._recovered()
+            # A turn without records says nothing of a load that fails: they may just not be there
+            # yet.
+            if slices or self._source.at_end:
+                self._recovered()
         except PlaceLostError as error:
             log.info("place_lost", what=str(error))
             self._health.places_lost.inc()

@@ -169,6 +169,7 @@ def test_wrong_configuration_is_one_clear_line_and_exit_code_2(
         "enable.partition.eof=false",
         "partition.assignment.strategy=range",
         "group.id=mine",
+        "group.instance.id=one",
         "bootstrap.servers=h:1",
         "no equals sign",
         "not.a.property=1",

@@ -2,12 +2,16 @@
 
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from confluent_kafka import TopicCollection
+from confluent_kafka import Consumer, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
+from data_platform.consumer import Source
+from data_platform.errors import Cure, cure_of
+from data_platform.topics import StoredOffset, Topics
 from devstack.kafka import KafkaCluster as Kafka
 from devstack.processes import Process
 from tests.conftest import MakeKafkaCluster, MakePostgresServer, UniqueTopic
@@ -133,6 +137,73 @@ def test_a_missing_table_is_waited_out_and_nothing_is_put_aside(platform: Platfo
     platform.wait_for_offsets(1)
     assert platform.dead_letters() == []
     assert worker.alive
+
+
+def test_a_load_that_fails_again_and_again_is_one_outage(platform: Platform) -> None:
+    worker = platform.worker()
+    platform.produce(history(100, seed=25))
+    wait_until(lambda: platform.status()["lag_rows"] == 0, 30, "everything to be loaded")
+    platform.execute("REVOKE INSERT ON analytics.fct_reservation_events FROM data_platform")
+    healed_at = time.monotonic() + 6
+    platform.produce(more := history(100, seed=26))
+    wait_until(lambda: time.monotonic() > healed_at, 10, "the outage to have lasted")
+    assert said(worker, "waiting") == 1
+    assert said(worker, "going_on") == 0
+    # 0.1 s, doubled up to 2 s, and what each try takes.
+    assert 2 <= said(worker, "partitions_placed") <= 10
+    platform.execute("GRANT INSERT ON analytics.fct_reservation_events TO data_platform")
+    wait_until(lambda: platform.status()["lag_rows"] == 0, 30, "the rest to be loaded")
+    assert said(worker, "waiting") == said(worker, "going_on") == 1
+    assert set(platform.facts()) >= set(expected_facts(more))
+
+
+def test_an_outage_after_which_there_is_nothing_to_load_ends_too(platform: Platform) -> None:
+    platform.execute("REVOKE SELECT ON analytics.load_offsets FROM data_platform")
+    worker = platform.worker()
+    wait_until(lambda: said(worker, "waiting") == 1, 20, "the worker to wait")
+    platform.execute("GRANT SELECT ON analytics.load_offsets TO data_platform")
+    wait_until(lambda: said(worker, "going_on") == 1, 10, "the worker to go on")
+
+
+def test_a_fatal_error_of_librdkafka_ends_the_worker(
+    kafka: Kafka, unique_topic: UniqueTopic
+) -> None:
+    topic = unique_topic(1)
+    client = {"bootstrap.servers": kafka.bootstrap_servers}
+    # Static membership, which a properties file can't set, because it can be lost for good.
+    member = {
+        **client,
+        "group.id": topic,
+        "group.instance.id": "one",
+        "partition.assignment.strategy": "cooperative-sticky",
+        "auto.offset.reset": "error",
+    }
+    source = Source(member, Topics(client), [topic], batch_rows=10, batch_bytes=1000)
+    granted: list[int] = []
+
+    def claim(_topic: str, topic_id: str, numbers: Sequence[int]) -> dict[int, StoredOffset]:
+        granted.extend(numbers)
+        return {number: StoredOffset(0, topic_id) for number in numbers}
+
+    def placed() -> bool:
+        source.settle(claim)
+        source.fetch(0.1)
+        return bool(granted)
+
+    def ended() -> bool:
+        rival.poll(0.1)
+        try:
+            placed()
+        except KafkaException as error:
+            return cure_of(error) is Cure.END
+        return False
+
+    wait_until(placed, 30, "the partition")
+    rival = Consumer(member)
+    rival.subscribe([topic])
+    wait_until(ended, 20, "the first member to end, fenced")
+    rival.close()
+    source.close()
 
 
 def test_a_topic_made_anew_stops_its_partitions_loudly_and_loads_nothing(
