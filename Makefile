@@ -29,13 +29,13 @@ $(INSTALLED): pyproject.toml requirements/dev.txt
 	@touch $@
 
 demo: $(INSTALLED) ## book thousands of seats over HTTP and show them in the analysts' tables
-	@exec $(RUN) devstack demo
+	@DEVSTACK_PARENT=$$PPID exec $(RUN) devstack demo
 
 up: $(INSTALLED) ## the same stack, kept up with the booking page on 127.0.0.1:8000 (PORT=)
-	@exec $(RUN) devstack up --port $(PORT)
+	@DEVSTACK_PARENT=$$PPID exec $(RUN) devstack up --port $(PORT)
 
 stack: $(INSTALLED) ## databases, Kafka, migrations and topics in the foreground (BROKERS=1 or 3)
-	@exec $(RUN) devstack stack --brokers $(BROKERS)
+	@DEVSTACK_PARENT=$$PPID exec $(RUN) devstack stack --brokers $(BROKERS)
 
 test: $(INSTALLED) ## all tests, on a real Postgres and a real Kafka
 	@exec $(RUN) pytest

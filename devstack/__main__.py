@@ -44,8 +44,7 @@ def stack(brokers: str) -> None:
         parts.start()
         path = file.write(parts.environment)
         steps.console.print(f"  source {path} for every connection", highlight=False)
-        click.echo("ready")
-        sys.stdout.flush()
+        say_ready(steps)
         while True:
             signal.pause()
 
@@ -78,11 +77,17 @@ def up(port: int) -> None:
             application.run_pipeline()
         file.write(parts.environment)
         steps.console.print(f"  booking page at {url} (Ctrl-C stops everything)")
-        click.echo("ready")
-        sys.stdout.flush()
+        say_ready(steps)
         while True:
             application.check_alive()
             signal.sigtimedwait([], CHECK_INTERVAL_S)
+
+
+def say_ready(steps: Steps) -> None:
+    """Print the line that others wait for, and nothing else in it."""
+    steps.finish()
+    click.echo("ready")
+    sys.stdout.flush()
 
 
 @contextmanager
@@ -109,12 +114,16 @@ def interrupt_on_signals() -> None:
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
+        os.write(sys.stderr.fileno(), b"\n  stopping ...\n")
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     if "MAKELEVEL" in os.environ:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        # make may have ended while we were starting; nobody would tell us any more.
+        if os.environ.get("DEVSTACK_PARENT", str(os.getppid())) != str(os.getppid()):
+            sys.exit(INTERRUPTED)
 
 
 def fail(message: str, code: int) -> None:

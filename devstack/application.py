@@ -6,7 +6,7 @@ import urllib.request
 from contextlib import ExitStack
 from typing import Self
 
-from devstack.processes import DevstackError, Process, succeed
+from devstack.processes import DevstackError, Process, succeed, wait_until
 from devstack.stack import COMMAND_TIMEOUT_S, Stack
 from devstack.state import free_port
 
@@ -53,6 +53,18 @@ class Application:
         self._start("outbox_relay", "run", name="relay")
         for number in range(1, workers + 1):
             self._start("data_platform", "run", name=f"worker-{number}")
+        wait_until(self._pipeline_runs, READY_TIMEOUT_S, "relay and workers to have begun")
+
+    def _pipeline_runs(self) -> bool:
+        """Whether the relay leads and every worker has its share of the partitions."""
+        self.check_alive()
+        signs = {"relay": '"leading"', "worker": '"partitions_placed"'}
+        return all(
+            sign in process.log.read_text("utf-8")
+            for process in self.processes
+            for kind, sign in signs.items()
+            if process.name.startswith(kind)
+        )
 
     def check_alive(self) -> None:
         """Raise when a part has ended by itself.

@@ -1,6 +1,7 @@
 """Counts the same reservations in five places: told, stored, in the outbox, in Kafka, analysed."""
 
 import json
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 
 TOPIC = "concert-reservation"
 KAFKA_TIMEOUT_S = 20.0
+READ_TIMEOUT_S = 60.0
 STATUSES = ("confirmed", "cancelled", "expired", "held")
 
 RESERVATIONS = "SELECT reservation_id::text, status, version FROM reservations"
@@ -34,6 +36,7 @@ class Audit:
     outbox: frozenset[str]
     topic: frozenset[str]
     topic_records: int
+    out_of_order: int
     facts: frozenset[str]
     oversold_seats: int
 
@@ -53,6 +56,7 @@ class Audit:
             "the facts and the outbox differ": self.facts != self.outbox,
             "the analysts' reservations differ from the stored ones": dict(self.analysed)
             != dict(self.stored),
+            "a reservation's events are out of order in the topic": self.out_of_order != 0,
             "a seat is sold twice": self.oversold_seats != 0,
         }
         return [difference for difference, found in checks.items() if found]
@@ -95,9 +99,21 @@ def audit(told: Mapping[str, str], environment: Mapping[str, str]) -> Audit:
         outbox=frozenset(outbox),
         topic=frozenset(topic),
         topic_records=len(topic),
+        out_of_order=_out_of_order(topic),
         facts=frozenset(facts),
         oversold_seats=oversold[0] if oversold else 0,
     )
+
+
+def _out_of_order(event_ids: list[str]) -> int:
+    """Count events that come before an earlier version's first appearance in their partition."""
+    found = 0
+    newest: dict[str, int] = {}
+    for event_id in dict.fromkeys(event_ids):
+        reservation_id, _, version = event_id.rpartition(":")
+        found += int(version) < newest.get(reservation_id, 0)
+        newest[reservation_id] = max(int(version), newest.get(reservation_id, 0))
+    return found
 
 
 def _reservations_in(event_ids: frozenset[str]) -> int:
@@ -123,7 +139,10 @@ def _event_ids(bootstrap_servers: str) -> list[str]:
         left = {number for number, end in ends.items() if end > 0}
         consumer.assign([TopicPartition(TOPIC, number, OFFSET_BEGINNING) for number in left])
         found: list[str] = []
+        deadline_s = time.monotonic() + READ_TIMEOUT_S
         while left:
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"the end of {TOPIC} was not reached in {READ_TIMEOUT_S:g} s")
             for message in consumer.consume(5_000, timeout=0.5):
                 if message.error():
                     raise RuntimeError(f"reading {TOPIC}: {message.error()}")

@@ -165,7 +165,9 @@ class KafkaCluster:
             DevstackError: a download failed.
         """
         java, jars = java_and_jars(self._run, progress)
-        self._java = [str(java), "-cp", f"{jars}/*"]
+        # Its temporary files go with the run; a killed broker would leave them elsewhere.
+        scratch = [f"-Djava.io.tmpdir={self._run.path}", "-XX:-UsePerfData"]
+        self._java = [str(java), *scratch, "-cp", f"{jars}/*"]
 
     def prepare(self, progress: Progress = lambda _: None) -> None:
         """`fetch`, and begin to format the brokers' disks."""

@@ -59,6 +59,10 @@ class Steps:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
+    def finish(self) -> None:
+        """Take the spinners off the screen: what is printed afterwards stands in a line alone."""
+        self._progress.stop()
+
     def begin(self, what: str) -> Step:
         """Begin a step."""
         return Step(what, self._progress)

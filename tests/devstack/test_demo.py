@@ -1,9 +1,13 @@
 """`make demo` and `make up` as a newcomer meets them."""
 
+import contextlib
 import os
+import pty
 import signal
 import socket
+import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -86,6 +90,31 @@ def test_up_serves_the_booking_page_until_it_is_told_to_stop(
     up.send_signal(signal.SIGTERM)
     assert up.wait(30) == 0, up.log_tail()
     assert left(own_home) == set()
+
+
+def test_on_a_terminal_too_ready_stands_in_a_line_alone(own_home: Path) -> None:
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"DEVSTACK_HOME": str(own_home), "TERM": "xterm"}
+    stack = subprocess.Popen(
+        [sys.executable, "-m", "devstack", "stack"],
+        stdin=theirs, stdout=theirs, stderr=theirs, cwd=REPOSITORY, env=environment,
+    )  # fmt: skip
+    os.close(theirs)
+    shown = bytearray()
+    reader = threading.Thread(target=_read_into, args=(ours, shown), daemon=True)
+    reader.start()
+    try:
+        wait_until(lambda: b"\r\nready\r\n" in shown, START_TIMEOUT_S, "the line `ready`")
+    finally:
+        stack.terminate()
+        assert stack.wait(30) == 0
+
+
+def _read_into(descriptor: int, shown: bytearray) -> None:
+    # The terminal is closed (EIO) when the last program on it has ended.
+    with contextlib.suppress(OSError):
+        while data := os.read(descriptor, 4096):
+            shown += data
 
 
 def test_up_says_at_once_that_its_port_is_taken(start_devstack: StartDevstack) -> None:

@@ -1,5 +1,6 @@
 """Reads a whole topic back, as any consumer would see it."""
 
+import time
 from typing import NamedTuple
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
@@ -38,7 +39,9 @@ def read_topic(bootstrap_servers: str, topic: str) -> list[Record]:
         left = {number for number, end in ends.items() if end > 0}
         consumer.assign([TopicPartition(topic, number, OFFSET_BEGINNING) for number in left])
         records = []
+        deadline = time.monotonic() + TIMEOUT_S
         while left:
+            assert time.monotonic() < deadline, f"the end of {topic} was not reached"
             messages = consumer.consume(10_000, timeout=0.5)
             for message in messages:
                 error = message.error()

@@ -1,5 +1,6 @@
 """What a wrong configuration is told: exit 2 and one line that names the variable."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,30 @@ def test_a_missing_secret_file_is_named() -> None:
     )
     assert done.returncode == 2
     assert "OUTBOX_RELAY_DATABASE_URL_FILE" in done.stderr
+
+
+def test_an_empty_file_is_no_secret(tmp_path: Path) -> None:
+    file = tmp_path / "url"
+    file.write_text("\n")
+    done = relay("run", OUTBOX_RELAY_DATABASE_URL="", OUTBOX_RELAY_DATABASE_URL_FILE=str(file))
+    assert done.returncode == 2
+    assert done.stderr == "outbox-relay: OUTBOX_RELAY_DATABASE_URL_FILE: the file is empty\n"
+
+
+def test_asked_to_end_while_it_still_imports_it_ends_well(tmp_path: Path) -> None:
+    # A library that takes long to import, and says so.
+    (tmp_path / "click.py").write_text(
+        "import sys, time\nprint('importing', flush=True)\ntime.sleep(20)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-m", "outbox_relay", "run"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+    ) as early:
+        assert early.stdout is not None
+        assert early.stdout.readline() == b"importing\n"
+        early.terminate()
+        assert early.wait(10) == 0
 
 
 def test_help_and_version_need_no_configuration() -> None:
