@@ -167,6 +167,8 @@ def _secrets_from_files(settings_class: type[KafkaSettings]) -> dict[str, Any]:
             raise ConfigurationError(
                 f"{name.upper()}_FILE: expected a readable text file: {error}"
             ) from None
+        if not values[name]:  # libpq would take it for "connect with the defaults"
+            raise ConfigurationError(f"{name.upper()}_FILE: the file is empty")
     return values
 
 

@@ -202,6 +202,32 @@ def test_a_secret_may_come_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "from-file" not in repr(found)
 
 
+def test_an_empty_file_is_no_secret(tmp_path: Path) -> None:
+    file = tmp_path / "url"
+    file.write_text("\n")
+    answer = _run(
+        MINIMUM | {"ANALYTICS_DATABASE_URL": "", "ANALYTICS_DATABASE_URL_FILE": str(file)}
+    )
+    assert answer.returncode == 2
+    assert answer.stderr == "data-platform: ANALYTICS_DATABASE_URL_FILE: the file is empty\n"
+
+
+def test_asked_to_end_while_it_still_imports_it_ends_well(tmp_path: Path) -> None:
+    # A library that takes long to import, and says so.
+    (tmp_path / "click.py").write_text(
+        "import sys, time\nprint('importing', flush=True)\ntime.sleep(20)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-m", "data_platform", "run"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+    ) as early:
+        assert early.stdout is not None
+        assert early.stdout.readline() == b"importing\n"
+        early.terminate()
+        assert early.wait(10) == 0
+
+
 def test_what_comes_later_is_not_offered_yet() -> None:
     answer = _run({}, "--help")
     assert answer.returncode == 0
