@@ -124,19 +124,17 @@ ORDER BY topic, kafka_partition
 FOR UPDATE
 """
 
+# What stands there was locked and compared before (LOCK_OFFSETS).
 MOVE_OFFSETS = """
 UPDATE analytics.load_offsets AS stored SET
     next_offset = moved.next_offset,
     last_event_at = greatest(stored.last_event_at, moved.last_event_at),
     updated_at = now()
 FROM unnest(
-    %(topics)s::text[], %(partitions)s::integer[], %(topic_ids)s::text[],
-    %(expected_offsets)s::bigint[], %(next_offsets)s::bigint[], %(last_events_at)s::timestamptz[]
-) AS moved (topic, kafka_partition, topic_id, expected_offset, next_offset, last_event_at)
-WHERE stored.topic = moved.topic
-    AND stored.kafka_partition = moved.kafka_partition
-    AND stored.topic_id = moved.topic_id
-    AND stored.next_offset = moved.expected_offset
+    %(topics)s::text[], %(partitions)s::integer[], %(next_offsets)s::bigint[],
+    %(last_events_at)s::timestamptz[]
+) AS moved (topic, kafka_partition, next_offset, last_event_at)
+WHERE stored.topic = moved.topic AND stored.kafka_partition = moved.kafka_partition
 """
 
 INSERT_DEAD_LETTER = """

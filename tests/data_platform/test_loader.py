@@ -133,6 +133,42 @@ def test_small_batches_of_which_postgres_refuses_all_stop_the_loader_after_a_hun
     assert loader.claim(TOPIC, TOPIC_ID, [0])[0].next_offset == 120
 
 
+def test_asked_to_end_while_it_sifts_it_begins_no_other_piece(
+    loader: Loader, analytics_database: AnalyticsDatabase
+) -> None:
+    with psycopg.connect(analytics_database.owner_url) as connection:
+        connection.execute(
+            "ALTER TABLE analytics.fct_reservations"
+            " ADD CONSTRAINT nobody_called_x CHECK (customer_id <> 'x')"
+        )
+    events = [event(customer_id="x" if n == 7 else "y") for n in range(300)]
+    loader.hurry(6.0)
+    with pytest.raises(PlaceLostError):
+        loader.load(batch(events))
+    assert loader.claim(TOPIC, TOPIC_ID, [0])[0].next_offset == 0
+
+
+class _WatchedLoader(Loader):
+    """One whose watch takes the deadline away right after it was looked at."""
+
+    _looks = iter([1.0])
+
+    @property
+    def _deadline(self) -> float | None:
+        return next(self._looks, None)
+
+    @_deadline.setter
+    def _deadline(self, value: float | None) -> None:
+        """The watch has the last word."""
+
+
+def test_hurry_bears_that_the_deadline_goes_away_meanwhile() -> None:
+    loader = _WatchedLoader("")
+    loader._looks = iter([1.0])
+    loader.hurry(6.0)
+    loader.close()
+
+
 def test_a_rival_that_holds_our_offset_row_is_ended(
     loader: Loader, analytics_database: AnalyticsDatabase
 ) -> None:
