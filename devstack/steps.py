@@ -62,6 +62,8 @@ class Steps:
     def finish(self) -> None:
         """Take the spinners off the screen: what is printed afterwards stands in a line alone."""
         self._progress.stop()
+        if self.console.is_terminal:
+            self.console.print()  # ends the line in which the cursor came back
 
     def begin(self, what: str) -> Step:
         """Begin a step."""
