@@ -2,9 +2,10 @@
 
 Guarantees: a decoder returns a row that the tables take as it is, or raises `BadRecordError`;
 whatever the bytes are, it raises nothing else. It is as strict as
-`contracts/reservation-event.schema.json`, and in three points stricter, because Postgres and
-other consumers are: values are UTF-8 throughout, no text holds U+0000, and an integer is written
-as one (`1`, not `1.0`). Business rules are not judged here: one seat in two reservations is fine.
+`contracts/reservation-event.schema.json`, and in four points stricter, because Postgres and
+other consumers are: values are UTF-8 throughout, no text holds U+0000, no escape stands for a lone
+surrogate, and an integer is written as one (`1`, not `1.0`). Business rules are not
+judged here: one seat in two reservations is fine.
 """
 
 import re
