@@ -14,6 +14,7 @@ import msgspec
 from flask import Blueprint, Request, Response, current_app, request, session
 from psycopg_pool import ConnectionPool
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from werkzeug.exceptions import RequestEntityTooLarge
 
 from reservation_service import (
     booking,
@@ -253,8 +254,12 @@ def _traceparent() -> str | None:
 
 
 def _body(model: type[Model]) -> Model:
+    data = request.get_data(cache=False)
+    # A chunked body is cut at the limit without a word.
+    if request.content_length is None and len(data) >= (request.max_content_length or 0):
+        raise RequestEntityTooLarge
     try:
-        return model.model_validate_json(request.get_data(cache=False))
+        return model.model_validate_json(data)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False, include_context=False)
     if found[0]["type"] == "json_invalid":

@@ -317,6 +317,8 @@ def _change(
     traceparent: str | None,
 ) -> Reservation:
     with transaction(connection):
+        if wanted == "confirmed":
+            connection.execute(sql.LOCK_CUSTOMER_OF_RESERVATION, {"reservation_id": reservation_id})
         locked = connection.execute(
             sql.LOCK_RESERVATION, {"reservation_id": reservation_id, "customer_id": customer_id}
         )

@@ -94,7 +94,8 @@ def _customer_of(token: str, secrets: Secrets) -> str:
         # Which check failed is of use only to somebody who forges.
         raise unauthenticated("The token is not valid.") from None
     customer_id = claims["sub"]
-    if not CUSTOMER_ID.fullmatch(customer_id):
+    # PyJWT takes a text for a number.
+    if type(claims["exp"]) not in {int, float} or not CUSTOMER_ID.fullmatch(customer_id):
         raise unauthenticated("The token is not valid.")
     return str(customer_id)
 

@@ -9,7 +9,9 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 SECRETS = (
@@ -57,11 +59,13 @@ class Settings(BaseSettings):
             raise ValueError(f"expected at least {SECRET_KEY_MIN_BYTES} bytes")
         return value
 
-    @field_validator("hold_max_seconds")
+    @field_validator("owner_database_url", "database_url")
     @classmethod
-    def _not_below_hold(cls, value: int, info: ValidationInfo) -> int:
-        if value < info.data.get("hold_seconds", 0):
-            raise ValueError("expected no less than RESERVATION_HOLD_SECONDS")
+    def _postgres_url(cls, value: SecretStr | None) -> SecretStr | None:
+        try:
+            conninfo_to_dict(value.get_secret_value() if value else "")
+        except psycopg.ProgrammingError:  # its text would show the password
+            raise ValueError("expected a connection URL, postgresql://…") from None
         return value
 
     def required(self, field: Literal["owner_database_url", "database_url", "secret_key"]) -> str:

@@ -14,8 +14,8 @@ from zoneinfo import ZoneInfo
 from flask import Blueprint, Response, make_response, redirect, render_template, request, session
 from werkzeug import Response as AnyResponse
 
-from reservation_service import booking, catalogue, idempotency
-from reservation_service.api import ID_MAX, counted, reservation_uuid, service
+from reservation_service import booking, catalogue, idempotency, problems
+from reservation_service.api import ID_MAX, IDEMPOTENCY_KEY, counted, reservation_uuid, service
 from reservation_service.booking import Order
 from reservation_service.callers import CUSTOMER_ID
 from reservation_service.catalogue import SeatAnswer
@@ -82,8 +82,11 @@ def reservation(reservation_id: str) -> str:
 def change(reservation_id: str) -> AnyResponse:
     """Confirm or cancel."""
     guest_id = _guest_of_form()
-    action = "confirm" if request.form.get("action") == "confirm" else "cancel"
-    act = booking.confirm if action == "confirm" else booking.cancel
+    action = request.form.get("action", "")
+    changes = {"confirm": booking.confirm, "cancel": booking.cancel}
+    if action not in changes:
+        raise problems.malformed("Expected to confirm or to cancel.")
+    act = changes[action]
     try:
         with counted(action), service().writing(guest_id) as connection:
             act(connection, reservation_uuid(reservation_id), guest_id)
@@ -111,7 +114,9 @@ def _book(guest_id: str, performance_id: int, seat_ids: list[int], *, confirm: b
     if not 1 <= len(seat_ids) <= most:
         raise Problem(422, "invalid-body", f"Please choose 1 to {most} seats.")
     wanted = f"{performance_id} {seat_ids} {confirm}".encode()
-    form_key = request.form.get("key", "")[:255]
+    form_key = request.form.get("key", "")
+    if form_key and not IDEMPOTENCY_KEY.fullmatch(form_key):
+        raise problems.malformed("This form was not made by this page; please load it again.")
     key = Key(guest_id, "reserve-page", form_key, idempotency.fingerprint(wanted))
     order = Order(guest_id, performance_id, seat_ids, confirm)
     with (

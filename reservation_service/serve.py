@@ -6,6 +6,9 @@ choice of the server is in docs/decisions/0003-wsgi-server.md.
 
 import logging
 import os
+import select
+import shutil
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from flask import Flask
 from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
 from gunicorn.config import Config  # type: ignore[import-untyped]
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
+from gunicorn.workers.gthread import ThreadWorker  # type: ignore[import-untyped]
 
 import migrations
 from reservation_service.config import Settings
@@ -36,6 +40,24 @@ class _JsonLogger(Logger):  # type: ignore[misc]
         for logger in (self.error_log, self.access_log):
             logger.handlers.clear()
             logger.propagate = True
+
+
+class _Worker(ThreadWorker):  # type: ignore[misc]
+    """Stops listening before it finishes what is in flight, not after.
+
+    Else clients that reconnect during the drain wait in the backlog and are reset at its end.
+    """
+
+    sockets: list[socket.socket]
+
+    def set_accept_enabled(self, enabled: bool) -> None:  # noqa: FBT001 - gunicorn's signature
+        super().set_accept_enabled(enabled)
+        if not enabled and not self.alive:
+            for listener in self.sockets:
+                while select.select([listener], [], [], 0)[0]:
+                    self.accept(listener)  # who waits already is still served
+                listener.close()
+            self.sockets = []
 
 
 class _Server(BaseApplication):  # type: ignore[misc]
@@ -74,19 +96,21 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> None:
     """
     settings.required("database_url")
     settings.required("secret_key")
-    with tempfile.TemporaryDirectory(prefix="reservation-service-metrics-") as folder:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        options = {
-            "bind": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
-            "workers": workers,
-            "worker_class": "gthread",
-            "threads": THREADS_PER_WORKER,
-            "timeout": WORKER_TIMEOUT_S,
-            "graceful_timeout": GRACEFUL_TIMEOUT_S,
-            "keepalive": KEEP_ALIVE_S,
-            "backlog": BACKLOG_CONNECTIONS,
-            "control_socket_disable": True,
-            "logger_class": _JsonLogger,
-            "proc_name": "reservation-service",
-        }
-        _Server(options, settings, Path(folder)).run()
+    folder = tempfile.mkdtemp(prefix="reservation-service-metrics-")
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+    options = {
+        "bind": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+        "workers": workers,
+        "worker_class": _Worker,
+        "threads": THREADS_PER_WORKER,
+        "timeout": WORKER_TIMEOUT_S,
+        "graceful_timeout": GRACEFUL_TIMEOUT_S,
+        "keepalive": KEEP_ALIVE_S,
+        "backlog": BACKLOG_CONNECTIONS,
+        "control_socket_disable": True,
+        "logger_class": _JsonLogger,
+        "proc_name": "reservation-service",
+        # By the master alone: a worker that ends would take the others' metrics along.
+        "on_exit": lambda _master: shutil.rmtree(folder, ignore_errors=True),
+    }
+    _Server(options, settings, Path(folder)).run()

@@ -134,6 +134,13 @@ SELECT pg_advisory_xact_lock(hashtextextended(
     'customer ' || %(customer_id)s::text || ' ' || %(performance_id)s::bigint::text, 0))
 """
 
+# As LOCK_CUSTOMER: a hold that is being confirmed counts when the next booking counts.
+LOCK_CUSTOMER_OF_RESERVATION = """
+SELECT pg_advisory_xact_lock(hashtextextended(
+    'customer ' || customer_id || ' ' || performance_id::text, 0))
+FROM reservations WHERE reservation_id = %(reservation_id)s
+"""
+
 COUNT_SEATS_OF_CUSTOMER = """
 SELECT count(*) FROM reservations AS r JOIN reservation_seats USING (reservation_id)
 WHERE r.customer_id = %(customer_id)s AND r.performance_id = %(performance_id)s

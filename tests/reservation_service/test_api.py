@@ -1,9 +1,11 @@
 """The HTTP API: shapes, status codes, callers."""
 
+import io
 import time
 from typing import Any
 
 import jwt
+import msgspec
 import pytest
 from flask.testing import FlaskClient
 
@@ -114,6 +116,7 @@ def test_the_hold_lasts_as_long_as_the_house_says(house: House, make_client: Mak
         f"Bearer {signed()[:-2]}",
         f"Bearer {jwt.encode(claims(), None, algorithm='none')}",
         f"Bearer {jwt.encode(claims(), SECRET_KEY * 2, algorithm='HS512')}",
+        f"Bearer {signed(exp='4102444800')}",
         f"Bearer {jwt.encode(claims(), 'another secret that is long enough', algorithm='HS256')}",
     ],
 )
@@ -234,6 +237,20 @@ def test_a_body_that_is_too_large_is_413(client: FlaskClient) -> None:
     problem(client.post("/api/reservations", data=body, headers=bearer("ann")), 413, "too-large")
     body = b" " * 4_194_305
     problem(client.post("/api/concerts", data=body, headers=ADMIN), 413, "too-large")
+
+
+def test_a_chunked_body_that_is_too_large_is_413_however_it_begins(
+    house: House, client: FlaskClient
+) -> None:
+    order = msgspec.json.encode(house.order(house.seat_ids[0]))
+    answer = client.post(
+        "/api/reservations",
+        input_stream=io.BytesIO(order + b" " * 70_000),
+        environ_overrides={"wsgi.input_terminated": True},
+        headers=bearer("ann"),
+    )
+    problem(answer, 413, "too-large")
+    assert house.events() == []
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=201", "limit=x", "limit=", "limit=1e1",

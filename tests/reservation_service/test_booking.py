@@ -12,7 +12,7 @@ import pytest
 from psycopg import errors
 from psycopg.pq import TransactionStatus
 
-from reservation_service import booking, expiry
+from reservation_service import booking, expiry, sql
 from reservation_service.booking import Order, ReservationAnswer, Terms
 from reservation_service.database import Connection, transaction
 from reservation_service.problems import Problem
@@ -200,6 +200,31 @@ def test_the_limit_of_a_customer_holds_for_calls_at_once(
 
     outcomes = sorted(threads.map(attempt, house.seat_ids[:12]))
     assert outcomes == ["booked"] * 3 + ["customer-limit"] * 9
+
+
+def test_confirming_and_booking_under_a_limit_wait_for_each_other(
+    connection: Connection, house: House, threads: ThreadPoolExecutor
+) -> None:
+    terms = Terms(timedelta(minutes=10), max_seats_per_customer=1)
+    held = reserve(connection, house, house.seat_ids[:1], terms=terms)
+    with house.connect() as other:
+        # Somebody counts this customer's seats; a confirmation must not slip in between.
+        other.execute("BEGIN")
+        other.execute(
+            sql.LOCK_CUSTOMER,
+            {"customer_id": held.customer_id, "performance_id": house.performance_id},
+        )
+
+        def confirm() -> str:
+            with house.connect() as mine:
+                return booking.confirm(mine, UUID(held.reservation_id), held.customer_id).status
+
+        confirming = threads.submit(confirm)
+        wait_until(
+            lambda: house.execute("SELECT 1 FROM pg_locks WHERE NOT granted"), 10, "the wait"
+        )
+        other.execute("COMMIT")
+        assert confirming.result(10) == "confirmed"
 
 
 def test_the_limit_of_a_customer_does_not_count_what_lapsed(

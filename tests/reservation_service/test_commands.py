@@ -69,7 +69,7 @@ def test_the_version_is_told() -> None:
         (["expire-holds"], {}, "RESERVATION_DATABASE_URL"),
         (["expire-holds"], {"LOG_LEVEL": "loud"}, "LOG_LEVEL"),
         (["serve"], {"RESERVATION_HOLD_SECONDS": "0"}, "RESERVATION_HOLD_SECONDS"),
-        (["serve"], {"RESERVATION_HOLD_SECONDS": "1801"}, "RESERVATION_HOLD_MAX_SECONDS"),
+        (["serve"], {"RESERVATION_DATABASE_URL": "hunter2"}, "RESERVATION_DATABASE_URL"),
         (["serve"], {"RESERVATION_SECRET_KEY_FILE": "/nowhere"}, "RESERVATION_SECRET_KEY_FILE"),
     ],
 )

@@ -51,6 +51,18 @@ def test_a_guest_books_in_one_step_and_a_second_click_books_nothing_more(
     assert [event["type"] for event in house.events()] == ["reservation.completed"]
 
 
+def test_an_unknown_action_and_a_strange_key_change_nothing(
+    house: House, client: FlaskClient
+) -> None:
+    fields = open_seats(house, client) | {"seat_ids": house.seat_ids[:1], "action": "hold"}
+    path = f"/performances/{house.performance_id}"
+    assert client.post(path, data=fields | {"key": "a\0b"}).status_code == 400
+    reservation = client.post(path, data=fields).headers["Location"]
+    page = form(client.get(reservation).text)
+    assert client.post(reservation, data=page | {"action": "zzz"}).status_code == 400
+    assert [event["data"]["status"] for event in house.events()] == ["held"]
+
+
 def test_a_taken_seat_is_told_on_the_page(house: House, client: FlaskClient) -> None:
     fields = open_seats(house, client) | {"seat_ids": house.seat_ids[:2], "action": "book"}
     order = house.order(house.seat_ids[0])

@@ -1,11 +1,13 @@
 """What needs real processes: signals, several workers, a database that goes away."""
 
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +17,7 @@ import psycopg
 import pytest
 
 from devstack.postgres import PostgresServer
+from devstack.processes import descendants
 from tests.conftest import MakePostgresServer, RunProcess
 from tests.databases import create_reservation_database
 from tests.reservation_service.conftest import Serve
@@ -70,6 +73,55 @@ def test_sigterm_finishes_what_is_in_flight_and_exits_0(
     assert served.process.wait(STOP_TIMEOUT_S) == 0
     assert list(folder.iterdir()) == []
     house.check()
+
+
+def test_a_worker_that_ends_takes_nothing_of_the_others_along(serve: Serve, tmp_path: Path) -> None:
+    served = serve("--workers", "2", env={"TMPDIR": str(tmp_path)})
+    worker = next(
+        pid
+        for pid in descendants(served.process.pid)
+        if pid != served.process.pid
+        and Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1]
+        == str(served.process.pid)
+    )
+    os.kill(worker, signal.SIGTERM)
+    wait_until(lambda: not Path(f"/proc/{worker}").exists(), 20, "the worker's end")
+    for _ in range(20):
+        assert httpx.get(f"{served.url}/api/concerts", timeout=20).status_code == 200
+        assert httpx.get(f"{served.url}/metrics", timeout=20).status_code == 200
+    assert served.process.stop() == 0
+    assert list(tmp_path.glob("reservation-service-metrics-*")) == []
+
+
+def test_sigterm_under_load_breaks_no_connection_that_was_taken(serve: Serve) -> None:
+    served = serve("--workers", "2")
+    broken: list[Exception] = []
+    stopped = threading.Event()
+
+    def ask() -> None:
+        while not stopped.is_set():
+            with httpx.Client(base_url=served.url, timeout=20) as client:
+                answered = 0
+                try:
+                    for answered in range(10):  # noqa: B007 - counts the answers
+                        client.get("/api/concerts")
+                except httpx.ConnectError:
+                    return  # nobody listens any more
+                except httpx.TransportError as error:
+                    if answered:
+                        broken.append(error)
+                    return
+
+    threads = [threading.Thread(target=ask) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: httpx.get(f"{served.url}/healthz"), 20, "load")
+    served.process.send_signal(signal.SIGTERM)
+    assert served.process.wait(STOP_TIMEOUT_S) == 0
+    stopped.set()
+    for thread in threads:
+        thread.join(30)
+    assert broken == []
 
 
 def test_sigterm_does_not_wait_for_idle_connections(serve: Serve) -> None:
