@@ -7,9 +7,10 @@ processes share mixes their answers.
 import select
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
+from psycopg.abc import PQGen
 from psycopg_pool import ConnectionPool
 
 Connection = psycopg.Connection[tuple[Any, ...]]
@@ -18,6 +19,9 @@ CONNECT_TIMEOUT_S = 5
 POOL_TIMEOUT_S = 3.0
 LOCK_TIMEOUT_MS = 2_000
 STATEMENT_TIMEOUT_MS = 5_000
+# The server bounds its statements, but not when it is frozen itself: then we stop waiting. Longer
+# than any of its own bounds, shorter than the time in which a worker has to stop.
+ANSWER_TIMEOUT_S = 7.0
 # A worker that is frozen inside a transaction must not keep seats locked.
 IDLE_IN_TRANSACTION_TIMEOUT_MS = 5_000
 
@@ -33,6 +37,25 @@ SESSION_OPTIONS = " ".join(
         "timezone": "UTC",
     }.items()
 )
+
+
+Result = TypeVar("Result")
+
+
+class _BoundedConnection(psycopg.Connection[tuple[Any, ...]]):
+    """Gives up, and is closed, when the server says nothing for `ANSWER_TIMEOUT_S`."""
+
+    def wait(
+        self, gen: PQGen[Result], interval: float = 0.1, timeout: float | None = None
+    ) -> Result:
+        if timeout is not None:  # psycopg's own, which it handles itself
+            return super().wait(gen, interval, timeout)
+        try:
+            return super().wait(gen, interval, ANSWER_TIMEOUT_S)
+        except psycopg.errors._WaitTimeout:  # noqa: SLF001 - there is no public name
+            # Whatever comes later answers a question that nobody asks any more.
+            self.pgconn.finish()
+            raise psycopg.OperationalError("the server did not answer in time") from None
 
 
 def parameters(application_name: str) -> dict[str, Any]:
@@ -56,7 +79,7 @@ def connect(url: str, application_name: str) -> Connection:
     Raises:
         psycopg.OperationalError: the server can't be reached.
     """
-    return psycopg.connect(url, **parameters(application_name))
+    return _BoundedConnection.connect(url, **parameters(application_name))
 
 
 @contextmanager
@@ -87,7 +110,7 @@ def make_pool(url: str, size: int) -> ConnectionPool[Connection]:
     """Make a closed pool of up to `size` connections, which opens even while Postgres is away."""
     return ConnectionPool(
         url,
-        connection_class=psycopg.Connection[tuple[Any, ...]],
+        connection_class=_BoundedConnection,
         kwargs=parameters("reservation-service"),
         min_size=min(2, size),
         max_size=size,
