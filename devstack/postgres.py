@@ -10,6 +10,7 @@ and Postgres asks for nothing but a user id other than 0.
 """
 
 import ctypes
+import hashlib
 import importlib.util
 import os
 import pwd
@@ -17,7 +18,9 @@ import re
 import secrets
 import shutil
 import signal
+import stat
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,6 +48,8 @@ INITDB_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
 BIND_ATTEMPTS = 5
 CONNECT_TIMEOUT_S = 5
+# Every user can enter it, and it outlives a restart of the machine.
+SHARED_FOLDER = Path("/var/tmp")  # noqa: S108 - what lies there is checked
 UNPRIVILEGED_USER = "nobody"
 
 SETTINGS = {
@@ -312,21 +317,56 @@ class PostgresServer:
 
     def _command(self, program: str, *arguments: str) -> list[str]:
         """The command line, under root wrapped so that it runs as another user."""
-        command = [str(self._installation.programs / program), *arguments]
         if os.geteuid() != 0:
-            return command
+            return [str(self._installation.programs / program), *arguments]
         if not shutil.which("setpriv"):
             raise ConfigurationError(
                 "PostgreSQL refuses to run as root, and `setpriv` (package util-linux) "
                 "is missing to run it as another user; install it or start as a plain user"
             )
         user = pwd.getpwnam(UNPRIVILEGED_USER)
+        programs = _within_reach(self._installation, user.pw_uid)
+        command = [str(programs / program), *arguments]
         return [
             "setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups",
             "--inh-caps=-all,+dac_override", "--ambient-caps=-all,+dac_override",
             # A change of user clears the one that the leash has set.
             "--pdeathsig=KILL", "--", *command,
         ]  # fmt: skip
+
+
+def _within_reach(installation: Installation, uid: int) -> Path:
+    """Return the programs' folder, or that of a copy when `uid` can't reach it.
+
+    The capability opens every folder, but PostgreSQL asks access(), which ignores it: below a
+    folder that is root's alone initdb would not find its own programs.
+    """
+    if all(_may_enter(folder, uid) for folder in installation.programs.parents):
+        return installation.programs
+    root = installation.programs.parent
+    mark = hashlib.sha256((installation.programs / "postgres").read_bytes()).hexdigest()[:12]
+    copy = SHARED_FOLDER / f"devstack-postgresql-{installation.version}-{mark}"
+    if not copy.exists():
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{copy.name}.", dir=SHARED_FOLDER))
+        # As they lie in the wheel: the programs look for its libraries beside its package.
+        libraries = root.parent.with_name(f"{root.parent.name}.libs")
+        shutil.copytree(root, unfinished / root.parent.name / root.name, symlinks=True)
+        if libraries.exists():
+            shutil.copytree(libraries, unfinished / libraries.name, symlinks=True)
+        unfinished.chmod(0o755)
+        try:
+            unfinished.rename(copy)
+        except OSError:  # another start was quicker
+            shutil.rmtree(unfinished)
+    found = copy.lstat()
+    if found.st_uid != 0 or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022:
+        raise ConfigurationError(f"{copy} is not what we made; remove it")
+    return copy / root.parent.name / root.name / "bin"
+
+
+def _may_enter(folder: Path, uid: int) -> bool:
+    found = folder.stat()
+    return bool(found.st_mode & (stat.S_IXUSR if found.st_uid == uid else stat.S_IXOTH))
 
 
 def _release_shared_memory(postmaster_pid: Path) -> None:

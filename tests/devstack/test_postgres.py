@@ -11,8 +11,15 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from devstack.postgres import PostgresServer, StopMode, find_installation
-from devstack.processes import ConfigurationError, descendants
+from devstack.postgres import (
+    UNPRIVILEGED_USER,
+    Installation,
+    PostgresServer,
+    StopMode,
+    _within_reach,
+    find_installation,
+)
+from devstack.processes import ConfigurationError, descendants, run
 from devstack.state import REPOSITORY, Run, free_port
 from tests.conftest import MakePostgresServer
 from tests.require import require
@@ -209,3 +216,26 @@ def test_it_stops_in_each_mode_and_starts_again(
         psycopg.connect(server.admin_url)
     server.start()
     assert major_version(server) >= 15
+
+
+def test_programs_below_a_folder_of_root_alone_can_be_run_by_another_user(tmp_path: Path) -> None:
+    require(os.geteuid() == 0, "root")
+    wheel = find_installation("18").programs.parents[1]
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    for part in (wheel, wheel.with_name(f"{wheel.name}.libs")):
+        shutil.copytree(part, closed / part.name, symlinks=True)
+    programs = closed / wheel.name / "pginstall18" / "bin"
+    nobody = pwd.getpwnam(UNPRIVILEGED_USER).pw_uid
+    found = _within_reach(Installation(programs, "18.0"), nobody)
+    assert found != programs
+    # initdb finds the server beside it only where access() lets it.
+    run(
+        [
+            *("setpriv", f"--reuid={nobody}", "--clear-groups", "--"),
+            *(found / "initdb", "--version"),
+        ],
+        log=tmp_path / "log",
+        timeout_s=20,
+    )
+    assert _within_reach(Installation(programs, "18.0"), nobody) == found
