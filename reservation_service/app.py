@@ -154,7 +154,12 @@ def _of_http(error: HTTPException) -> Problem:
     status = error.code or 500
     headers = dict(error.get_headers()) if status in {405, 429} else {}
     headers.pop("Content-Type", None)
-    words = {404: "not-found", 405: "method-not-allowed", 413: "too-large"}
+    words = {
+        400: "malformed-request",
+        404: "not-found",
+        405: "method-not-allowed",
+        413: "too-large",
+    }
     return Problem(
         status, words.get(status, "http-error"), error.description or error.name, headers
     )

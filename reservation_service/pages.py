@@ -49,7 +49,10 @@ def book(performance_id: int) -> AnyResponse:
     """Hold or book the chosen seats."""
     guest_id = _guest_of_form()
     seat_ids = sorted({int(text) for text in request.form.getlist("seat_ids") if _is_id(text)})
-    confirm = request.form.get("action") == "book"
+    action = request.form.get("action", "")
+    if action not in {"hold", "book"}:
+        raise problems.malformed("Expected to hold or to book.")
+    confirm = action == "book"
     try:
         answer_location = _book(guest_id, performance_id, seat_ids, confirm=confirm)
     except Problem as problem:

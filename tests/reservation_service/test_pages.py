@@ -57,6 +57,7 @@ def test_an_unknown_action_and_a_strange_key_change_nothing(
     fields = open_seats(house, client) | {"seat_ids": house.seat_ids[:1], "action": "hold"}
     path = f"/performances/{house.performance_id}"
     assert client.post(path, data=fields | {"key": "a\0b"}).status_code == 400
+    assert client.post(path, data=fields | {"action": "zzz"}).status_code == 400
     reservation = client.post(path, data=fields).headers["Location"]
     page = form(client.get(reservation).text)
     assert client.post(reservation, data=page | {"action": "zzz"}).status_code == 400
@@ -74,7 +75,8 @@ def test_a_taken_seat_is_told_on_the_page(house: House, client: FlaskClient) -> 
 
 
 def test_no_seat_chosen_is_told_on_the_page(house: House, client: FlaskClient) -> None:
-    answer = client.post(f"/performances/{house.performance_id}", data=open_seats(house, client))
+    fields = open_seats(house, client) | {"action": "hold"}
+    answer = client.post(f"/performances/{house.performance_id}", data=fields)
     assert answer.status_code == 422
     assert "Please choose 1 to 10 seats." in answer.text
 
@@ -158,3 +160,13 @@ def test_what_is_not_there_is_a_page(client: FlaskClient) -> None:
     answer = client.get("/performances/9999")
     assert (answer.status_code, answer.mimetype) == (404, "text/html")
     assert "There is no such performance." in answer.text
+
+
+@pytest.mark.parametrize("host", ["a" * 64 + ".example", "a..example"])
+@pytest.mark.parametrize("path", ["/", "/nothing", "/api/concerts"])
+def test_a_host_that_can_t_be_one_is_400(client: FlaskClient, path: str, host: str) -> None:
+    answer = client.get(path, headers={"Host": host})
+    assert answer.status_code == 400
+    if path.startswith("/api/"):
+        assert answer.json
+        assert answer.json["type"] == "malformed-request"
