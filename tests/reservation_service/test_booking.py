@@ -149,6 +149,23 @@ def test_a_booking_that_waited_until_the_hold_ran_out_gets_the_seat(
     house.check()
 
 
+def test_a_hold_whose_seats_are_gone_is_not_confirmed_though_the_clock_says_it_lives(
+    connection: Connection, house: House
+) -> None:
+    held = reserve(connection, house, house.seat_ids[:2])
+    house.let_lapse(held.reservation_id)
+    reserve(connection, house, house.seat_ids[:1], customer="bob")
+    # What a clock that was set back would make of it.
+    house.execute(
+        "UPDATE reservations SET expires_at = now() + interval '1 hour' WHERE reservation_id = %s",
+        held.reservation_id,
+    )
+    with pytest.raises(Problem) as caught:
+        booking.confirm(connection, UUID(held.reservation_id), "ann")
+    assert (caught.value.status, caught.value.members) == (409, {"status": "expired"})
+    assert len(house.events()) == 2
+
+
 def test_a_hold_never_outlives_the_sale(connection: Connection, house: House) -> None:
     house.execute("UPDATE performances SET sales_close_at = now() + interval '1 minute'")
     held = reserve(connection, house, house.seat_ids[:1])
