@@ -135,7 +135,9 @@ class KafkaCluster:
     ) -> None:
         self.name = name
         self._run = run
-        self._cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        # Without its first bit it can't begin with a hyphen, which Kafka's tool takes for an option.
+        number = uuid.uuid4().int & (1 << 127) - 1
+        self._cluster_id = base64.urlsafe_b64encode(number.to_bytes(16)).decode().rstrip("=")
         self._settings = dict(settings or {})
         self._formatters: list[Process] = []
         self._java: list[str] = []

@@ -318,7 +318,8 @@ class PostgresServer:
     def _command(self, program: str, *arguments: str) -> list[str]:
         """The command line, under root wrapped so that it runs as another user."""
         if os.geteuid() != 0:
-            return [str(self._installation.programs / program), *arguments]
+            programs = _within_reach(self._installation, os.geteuid())
+            return [str(programs / program), *arguments]
         if not shutil.which("setpriv"):
             raise ConfigurationError(
                 "PostgreSQL refuses to run as root, and `setpriv` (package util-linux) "
@@ -359,7 +360,11 @@ def _within_reach(installation: Installation, uid: int) -> Path:
         except OSError:  # another start was quicker
             shutil.rmtree(unfinished)
     found = copy.lstat()
-    if found.st_uid != 0 or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o022:
+    if (
+        found.st_uid not in {0, os.geteuid()}
+        or not stat.S_ISDIR(found.st_mode)
+        or found.st_mode & 0o022
+    ):
         raise ConfigurationError(f"{copy} is not what we made; remove it")
     return copy / root.parent.name / root.name / "bin"
 
