@@ -135,7 +135,7 @@ class KafkaCluster:
     ) -> None:
         self.name = name
         self._run = run
-        # Without its first bit it can't begin with a hyphen, which Kafka's tool takes for an option.
+        # Without its first bit it can't begin with a hyphen, as an option would.
         number = uuid.uuid4().int & (1 << 127) - 1
         self._cluster_id = base64.urlsafe_b64encode(number.to_bytes(16)).decode().rstrip("=")
         self._settings = dict(settings or {})
