@@ -143,8 +143,8 @@ def test_a_refused_record_holds_up_what_is_behind_it_and_repeats_nothing_for_eve
             )
     relay = start_relay(outbox)
     wait_until(lambda: relay.log.read_text().count("size too large") >= 1, 20, "the refusal")
-    failures = _metric_of_terms(outbox)
-    wait_until(lambda: _metric_of_terms(outbox) >= failures + 3, 60, "more attempts")
+    begun = terms_begun(outbox)
+    wait_until(lambda: terms_begun(outbox) >= begun + 3, 60, "more attempts")
     numbers = [json.loads(r.value)[0] for r in outbox.records()]
     # The row stays in front of the cursor; those behind it came at most once before it was seen.
     assert numbers[:200] == list(range(200))
@@ -160,7 +160,7 @@ def test_a_refused_record_holds_up_what_is_behind_it_and_repeats_nothing_for_eve
     assert len(read_topic(outbox.bootstrap_servers, small)) == 1
 
 
-def _metric_of_terms(outbox: Outbox) -> int:
+def terms_begun(outbox: Outbox) -> int:
     with outbox.owner() as connection:
         found = connection.execute("SELECT leader_epoch FROM outbox_relay_cursor").fetchone()
     return 0 if found is None else int(found[0])
@@ -177,7 +177,7 @@ def test_a_long_outage_of_kafka_does_not_cost_the_leader_its_session(
         wait_until(
             lambda: same_role.execute(SESSION_OF_13_S).fetchone() == (1,), 40, "13 s of one session"
         )
-    assert _metric_of_terms(outbox) == 2
+    assert terms_begun(outbox) == 2
 
 
 def test_a_leader_stopped_in_the_middle_of_a_result_loses_its_lock(
@@ -210,7 +210,7 @@ def test_a_relay_that_may_not_read_backs_off_and_says_so_once(
     with outbox.owner() as connection:
         connection.execute("REVOKE SELECT ON outbox FROM outbox_relay")
         relay = start_relay(outbox)
-        wait_until(lambda: _metric_of_terms(outbox) >= 6, 30, "some attempts")
+        wait_until(lambda: terms_begun(outbox) >= 6, 30, "some attempts")
         assert len(relay.log.read_text().splitlines()) <= 2
         connection.execute("GRANT SELECT ON outbox TO outbox_relay")
     outbox.insert("a", "1")
