@@ -6,7 +6,7 @@ acknowledged; with one it has one. `DEVSTACK_KAFKA` names another version than 4
 
 import base64
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from confluent_kafka import KafkaError, KafkaException
@@ -76,8 +76,9 @@ class Broker:
         return f"<Broker {self.node_id} on port {self.port}>"
 
     def choose_ports(self) -> None:
-        """Take two other ports; only before the cluster's first start."""
+        """Take other ports; only before the cluster's first start."""
         self.port, self.controller_port = free_port(), free_port()
+        self.second_port = free_port()
 
     @property
     def process(self) -> Running:
@@ -141,6 +142,7 @@ class KafkaCluster:
         self._settings = dict(settings or {})
         self._formatters: list[Process] = []
         self._java: list[str] = []
+        self._advertised_ports: dict[int, int] = {}
         self._came_up = False
         self.brokers = [Broker(self, node_id) for node_id in range(1, brokers + 1)]
 
@@ -156,6 +158,14 @@ class KafkaCluster:
     def bootstrap_servers(self) -> str:
         """Addresses of all brokers, for a client's configuration."""
         return ",".join(f"127.0.0.1:{broker.port}" for broker in self.brokers)
+
+    def listen_behind(self, ports: Sequence[int]) -> None:
+        """Listen on each broker's `second_port` too, as if it were that one of `ports`.
+
+        Clients that come through it are sent to `ports` (proxies to it). Before `prepare`.
+        """
+        numbers = (broker.node_id for broker in self.brokers)
+        self._advertised_ports = dict(zip(numbers, ports, strict=True))
 
     # ---- life
 
@@ -302,14 +312,19 @@ class KafkaCluster:
         count = len(self.brokers)
         replicas, in_sync = str(count), str(max(1, count - 1))
         voters = (f"{other.node_id}@127.0.0.1:{other.controller_port}" for other in self.brokers)
+        advertised = [f"CLIENT://127.0.0.1:{broker.port}"]
+        listeners = [*advertised, f"CONTROLLER://127.0.0.1:{broker.controller_port}"]
+        if other_port := self._advertised_ports.get(broker.node_id):
+            listeners.append(f"SECOND://127.0.0.1:{broker.second_port}")
+            advertised.append(f"SECOND://127.0.0.1:{other_port}")
         return {
             "process.roles": "broker,controller",
             "node.id": str(broker.node_id),
             "controller.quorum.voters": ",".join(voters),
-            "listeners": f"CLIENT://127.0.0.1:{broker.port},"
-            f"CONTROLLER://127.0.0.1:{broker.controller_port}",
-            "advertised.listeners": f"CLIENT://127.0.0.1:{broker.port}",
-            "listener.security.protocol.map": "CLIENT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "listeners": ",".join(listeners),
+            "advertised.listeners": ",".join(advertised),
+            "listener.security.protocol.map": "CLIENT:PLAINTEXT,SECOND:PLAINTEXT,"
+            "CONTROLLER:PLAINTEXT",
             "inter.broker.listener.name": "CLIENT",
             "controller.listener.names": "CONTROLLER",
             "log.dirs": str(self._file(broker, "data")),

@@ -1,7 +1,7 @@
 """A relay's surroundings: a database, a topic of its own that the outbox knows, and a reader."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import psycopg
@@ -9,9 +9,11 @@ import pytest
 
 from devstack.kafka import KafkaCluster
 from devstack.processes import Process
+from devstack.state import Run
 from tests.conftest import RunProcess, UniqueTopic
 from tests.databases import ReservationDatabase
 from tests.outbox_relay.records import Record, read_topic
+from tests.proxy import BreakableKafka, breakable
 
 _numbers = itertools.count(1)
 
@@ -83,3 +85,17 @@ def start_relay(run_process: RunProcess) -> StartRelay:
         return run_process("outbox_relay", "run", env=outbox.environment(**dict(environment or {})))
 
     return start
+
+
+@pytest.fixture(scope="session")
+def breakable_kafka(stack_run: Run) -> Iterator[BreakableKafka]:
+    """One broker that tests may freeze, kill and cut off; who does so mends it."""
+    with breakable(stack_run, "kafka-breakable", 1) as kafka:
+        yield kafka
+
+
+@pytest.fixture(scope="session")
+def three_brokers(stack_run: Run) -> Iterator[BreakableKafka]:
+    """Three brokers that tests may freeze, kill and cut off; who does so mends them."""
+    with breakable(stack_run, "kafka-three", 3) as kafka:
+        yield kafka

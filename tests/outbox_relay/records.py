@@ -1,7 +1,7 @@
 """Reads a whole topic back, as any consumer would see it."""
 
 import time
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 
@@ -18,14 +18,23 @@ class Record(NamedTuple):
     headers: dict[str, str]
 
 
-def read_topic(bootstrap_servers: str, topic: str) -> list[Record]:
-    """Return all records that are in `topic` now, in order within each partition."""
+def read_topic(
+    bootstrap_servers: str,
+    topic: str,
+    *,
+    isolation: Literal["read_committed", "read_uncommitted"] = "read_committed",
+    timeout_s: float = TIMEOUT_S,
+) -> list[Record]:
+    """Return all records that are in `topic` now, in order within each partition.
+
+    Under `read_committed` an open transaction hides itself and what is behind it in its partitions.
+    """
     consumer = Consumer(
         {
             "bootstrap.servers": bootstrap_servers,
             "group.id": "test-reader",
             "enable.auto.commit": False,
-            "isolation.level": "read_committed",
+            "isolation.level": isolation,
         }
     )
     try:
@@ -39,7 +48,7 @@ def read_topic(bootstrap_servers: str, topic: str) -> list[Record]:
         left = {number for number, end in ends.items() if end > 0}
         consumer.assign([TopicPartition(topic, number, OFFSET_BEGINNING) for number in left])
         records = []
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         while left:
             assert time.monotonic() < deadline, f"the end of {topic} was not reached"
             messages = consumer.consume(10_000, timeout=0.5)

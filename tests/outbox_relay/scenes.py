@@ -1,0 +1,191 @@
+"""What the fault tests stand on: an outbox under exactly_once, and the truth about it."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psycopg
+from confluent_kafka import IsolationLevel, TopicPartition
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without a word
+    AdminClient,
+    OffsetSpec,
+)
+
+from devstack.kafka import KafkaCluster
+from devstack.postgres import PostgresServer
+from devstack.processes import Process
+from tests.databases import ReservationDatabase, create_reservation_database
+from tests.outbox_relay.conftest import Outbox
+from tests.outbox_relay.records import read_topic
+from tests.waiting import wait_until
+
+# As `outbox-relay topics` makes it.
+CURSOR_TOPIC_CONFIG = {
+    "cleanup.policy": "compact",
+    "segment.ms": "60000",
+    "segment.bytes": "1048576",
+}
+TRANSACTION_TIMEOUT_S = 15.0
+HANDOVER_TIMEOUT_S = 20.0
+REQUEST_TIMEOUT_S = 10.0
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class ExactlyOnceOutbox(Outbox):
+    """An outbox whose relay runs under exactly_once, and whose topics are all its own."""
+
+    def environment(self, **more: str) -> dict[str, str]:
+        return super().environment(**({"OUTBOX_RELAY_DELIVERY": "exactly_once"} | more))
+
+    @property
+    def cursor_topic(self) -> str:
+        return f"outbox-relay-cursor.{self.relay_name}"
+
+    def rows(self, topic: str | None = None) -> dict[str, list[bytes]]:
+        """The truth: each key's committed payloads by id, which is the order of one writer."""
+        with self.owner() as connection:
+            found = connection.execute(
+                "SELECT key, payload::text FROM outbox WHERE topic = %s ORDER BY id",
+                (topic or self.topic,),
+            ).fetchall()
+        return _by_key((key, payload.encode()) for key, payload in found)
+
+    def arrived(self, topic: str | None = None) -> dict[str, list[bytes]]:
+        """What a read_committed consumer has of each key, in order."""
+        records = read_topic(self.bootstrap_servers, topic or self.topic)
+        return _by_key((r.key, r.value) for r in records)
+
+    def status(self) -> dict[str, Any]:
+        """What `outbox-relay status --json` says."""
+        found: dict[str, Any] = json.loads(self.succeed("status", "--json"))
+        return found
+
+    def command(
+        self, *arguments: str, timeout_s: float = 60, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `outbox-relay ARGUMENTS…` to its end."""
+        return subprocess.run(
+            [sys.executable, "-m", "outbox_relay", *arguments],
+            env=self.environment(**environment),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout_s,
+        )
+
+    def succeed(self, *arguments: str) -> str:
+        """Run a command that has to end with 0; return what it said."""
+        done = self.command(*arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def wait_for(self, number: int, timeout_s: float = 30) -> None:
+        """Wait until a read_committed consumer has so many records."""
+
+        def count() -> int:
+            return sum(map(len, self.arrived().values()))
+
+        wait_until(lambda: count() >= number, timeout_s, f"{number} records")
+
+    def settle(self, timeout_s: float = 40) -> None:
+        """Wait until every committed row has arrived; each must have, once, in its key's order."""
+
+        def outstanding() -> int:
+            there = sum(map(len, self.arrived().values()))
+            return sum(map(len, self.rows().values())) - there
+
+        wait_until(lambda: outstanding() <= 0, timeout_s, "every row to arrive")
+        assert self.arrived() == self.rows()
+
+
+def _by_key(pairs: Iterator[tuple[str, bytes]]) -> dict[str, list[bytes]]:
+    found: dict[str, list[bytes]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return found
+
+
+def make_outbox(
+    database: ReservationDatabase,
+    cluster: KafkaCluster,
+    *,
+    bootstrap_servers: str = "",
+    partitions: int = 3,
+    config: Mapping[str, str] | None = None,
+) -> ExactlyOnceOutbox:
+    """Create a topic and a cursor topic of a new relay, and let the database know them alone."""
+    number = next(_numbers)
+    outbox = ExactlyOnceOutbox(
+        database,
+        bootstrap_servers or cluster.bootstrap_servers,
+        f"events-{os.getpid()}-{number}",
+        f"relay-{os.getpid()}-{number}",
+    )
+    cluster.create_topic(outbox.topic, partitions, config)
+    cluster.create_topic(outbox.cursor_topic, 1, CURSOR_TOPIC_CONFIG)
+    set_topics(database, outbox.topic)
+    return outbox
+
+
+def set_topics(database: ReservationDatabase, *topics: str) -> None:
+    """Let an outbox take these topics and no other."""
+    with psycopg.connect(database.owner_url) as connection:
+        connection.execute("DELETE FROM outbox_topics")
+        for topic in topics:
+            connection.execute("INSERT INTO outbox_topics VALUES (%s, 1000000)", (topic,))
+
+
+def with_port(database: ReservationDatabase, port: int) -> ReservationDatabase:
+    """The same database as seen through another port: a proxy's, or a copy's server."""
+
+    def moved(url: str) -> str:
+        login, _, rest = url.rpartition("@")
+        return f"{login}@127.0.0.1:{port}/{rest.partition('/')[2]}"
+
+    return replace(
+        database,
+        owner_url=moved(database.owner_url),
+        service_url=moved(database.service_url),
+        relay_url=moved(database.relay_url),
+    )
+
+
+def private_outbox(server: PostgresServer, cluster: KafkaCluster) -> ExactlyOnceOutbox:
+    """An outbox in a new database of a server of the test's own."""
+    return make_outbox(create_reservation_database(server), cluster)
+
+
+def says(process: Process, *texts: str) -> bool:
+    """Whether a process has logged one of these."""
+    log = process.log.read_text("utf-8")
+    return any(text in log for text in texts)
+
+
+def wait_for_leader(outbox: ExactlyOnceOutbox, relay: Process, timeout_s: float = 20) -> None:
+    """Wait until this relay is the one that leads."""
+    wait_until(
+        lambda: str(outbox.status()["leader"]).endswith(f":{relay.pid}"), timeout_s, "the leader"
+    )
+
+
+def has_open_transaction(cluster: KafkaCluster, topic: str, partitions: int = 3) -> bool:
+    """Whether records of a transaction that hasn't ended lie in a topic."""
+    admin = AdminClient({"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0})
+
+    def ends(isolation: IsolationLevel) -> list[int]:
+        latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+        wanted = {TopicPartition(topic, number): latest for number in range(partitions)}
+        futures = admin.list_offsets(
+            wanted, isolation_level=isolation, request_timeout=REQUEST_TIMEOUT_S
+        )
+        return [future.result(REQUEST_TIMEOUT_S).offset for future in futures.values()]
+
+    committed = ends(IsolationLevel.READ_COMMITTED)
+    return committed != ends(IsolationLevel.READ_UNCOMMITTED)

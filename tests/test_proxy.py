@@ -1,0 +1,96 @@
+"""The proxy that breaks connections for other tests does what it says."""
+
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.proxy import Proxy
+
+QUIET_S = 0.3
+
+
+@pytest.fixture
+def echo() -> Iterator[int]:
+    """The port of a server that sends back what it gets."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve(client: socket.socket) -> None:
+        with client:
+            while piece := client.recv(1000):
+                client.sendall(piece)
+
+    def accept() -> None:
+        while True:
+            try:
+                client, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=serve, args=(client,), daemon=True).start()
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    yield listener.getsockname()[1]
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join(5)
+
+
+@pytest.fixture
+def proxy(echo: int) -> Iterator[Proxy]:
+    with Proxy(lambda: echo) as proxy:
+        yield proxy
+
+
+def connect(proxy: Proxy) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", proxy.port), 5)
+
+
+def ask(client: socket.socket, text: bytes) -> bytes:
+    client.sendall(text)
+    return client.recv(1000)
+
+
+def test_what_is_cut_is_dropped_and_refused_until_it_is_opened(proxy: Proxy) -> None:
+    with connect(proxy) as client:
+        assert ask(client, b"one") == b"one"
+        proxy.cut()
+        assert client.recv(1000) == b""
+    with connect(proxy) as client:
+        assert client.recv(1000) == b""
+    proxy.open()
+    with connect(proxy) as client:
+        assert ask(client, b"two") == b"two"
+
+
+def test_what_is_frozen_is_silent_and_goes_on_where_it_was(proxy: Proxy) -> None:
+    with connect(proxy) as client:
+        assert ask(client, b"one") == b"one"
+        proxy.freeze()
+        client.settimeout(QUIET_S)
+        with pytest.raises(TimeoutError):
+            ask(client, b"two")
+        proxy.open()
+        client.settimeout(5)
+        assert client.recv(1000) == b"two"
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_it_freezes_at_a_certain_message(proxy: Proxy, *, after: bool) -> None:
+    with connect(proxy) as client:
+        proxy.freeze_at(lambda piece: piece == b"now", after=after)
+        assert ask(client, b"one") == b"one"
+        client.settimeout(QUIET_S)
+        with pytest.raises(TimeoutError):
+            ask(client, b"now")
+        assert proxy.frozen
+        if not after:
+            # Neither has it left: what is cut now never arrives.
+            proxy.cut()
+            proxy.open()
+            assert client.recv(1000) == b""
+        else:
+            proxy.open()
+            client.settimeout(5)
+            assert client.recv(1000) == b"now"
