@@ -137,7 +137,7 @@ CREATE TABLE outbox (
         AND NOT jsonb_path_exists(headers, 'strict $.* ? (@.type() != "string")')
     ),
     created_at timestamptz NOT NULL DEFAULT clock_timestamp()
-);
+) PARTITION BY RANGE (id);
 ALTER TABLE outbox
     ALTER COLUMN payload SET STORAGE EXTERNAL,
     ALTER COLUMN headers SET STORAGE EXTERNAL,
@@ -180,14 +180,205 @@ CREATE TRIGGER outbox_refuse_unpublishable BEFORE INSERT ON outbox
     FOR EACH ROW EXECUTE FUNCTION outbox_refuse_unpublishable();
 """
 
-# One row a relay name. batch_* are set while a batch is being published, so that a restart in its
-# middle reads exactly the same rows; the identity tells whether this is still the same history.
+# Partition n has the ids from n to n + 1 times ten thousand million. None ever fills up: a partition
+# ends when the sequence is set to the first id of the next one (outbox_roll_over). So partitions are
+# cut by time, whatever the rate, and a relay that is away for days lets nobody run out of them. The
+# default partition takes what a setval() by hand or a restored dump puts beyond them all.
+OUTBOX_PARTITIONS = """
+CREATE TABLE outbox_0 PARTITION OF outbox FOR VALUES FROM (0) TO (10000000000);
+CREATE TABLE outbox_1 PARTITION OF outbox FOR VALUES FROM (10000000000) TO (20000000000);
+CREATE TABLE outbox_2 PARTITION OF outbox FOR VALUES FROM (20000000000) TO (30000000000);
+CREATE TABLE outbox_default PARTITION OF outbox DEFAULT;
+
+CREATE VIEW outbox_partitions AS
+SELECT substr(relname, length('outbox_') + 1)::bigint AS number, pg_class.oid AS relation
+FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
+WHERE inhparent = 'public.outbox'::regclass AND relname ~ '^outbox_[0-9]+$';
+COMMENT ON VIEW outbox_partitions IS
+    'The outbox''s partitions without the default one: number n has the ids from n * 10^10 on.';
+"""
+
+# The relay doesn't own the outbox. What it may do to its partitions are these functions, with the
+# owner's rights: each keeps every row that isn't published, and gives up a lock after 50 ms, because
+# bookings queue up behind whoever waits for one. SHARE UPDATE EXCLUSIVE on the parent lets one of
+# them work at a time and is in nobody else's way. What they look up after a lock, they see with a
+# snapshot newer than the lock, which READ COMMITTED gives each statement of a volatile function.
+RETENTION = """
+-- The partition to make next. At least a whole partition's ids lie between it and the sequence, so
+-- that nobody has drawn one of its ids, or will until it is attached.
+CREATE FUNCTION outbox_next_partition() RETURNS bigint LANGUAGE sql
+SET search_path = pg_catalog, pg_temp AS $$
+    SELECT greatest(last_value / 10000000000 + 2,
+                    (SELECT max(number) + 1 FROM public.outbox_partitions))
+    FROM public.outbox_id_seq
+$$;
+
+-- Returns the number of the new partition. NULL: two are ahead already, or the default partition
+-- must be fenced before, because ATTACH would read all of it, locked.
+-- Made first and attached then: CREATE ... PARTITION OF locks everybody out of the outbox.
+CREATE FUNCTION outbox_add_partition() RETURNS bigint LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET lock_timeout = '50ms' AS $$
+DECLARE
+    ids_per_partition CONSTANT bigint := 10000000000;
+    added bigint;
+    fence name;
+BEGIN
+    LOCK TABLE ONLY public.outbox IN SHARE UPDATE EXCLUSIVE MODE;
+    added := public.outbox_next_partition();
+    IF (SELECT count(*) FROM public.outbox_partitions, public.outbox_id_seq
+        WHERE number > last_value / ids_per_partition) >= 2
+    THEN
+        RETURN NULL;
+    END IF;
+    LOCK TABLE ONLY public.outbox_default IN ACCESS EXCLUSIVE MODE;
+    IF pg_relation_size('public.outbox_default') > 0 AND NOT EXISTS (
+        SELECT FROM pg_constraint WHERE conrelid = 'public.outbox_default'::regclass
+            AND conname = 'outbox_ids_below_partition_' || added AND convalidated)
+    THEN
+        RETURN NULL;
+    END IF;
+    EXECUTE format('CREATE TABLE public.outbox_%s (LIKE public.outbox INCLUDING DEFAULTS'
+        ' INCLUDING CONSTRAINTS INCLUDING STORAGE INCLUDING INDEXES)', added);
+    EXECUTE format('ALTER TABLE public.outbox ATTACH PARTITION public.outbox_%s'
+        ' FOR VALUES FROM (%s) TO (%s)',
+        added, added * ids_per_partition, (added + 1) * ids_per_partition);
+    FOR fence IN SELECT conname FROM pg_constraint
+        WHERE conrelid = 'public.outbox_default'::regclass
+            AND conname LIKE 'outbox_ids_below_partition_%'
+    LOOP
+        EXECUTE format('ALTER TABLE public.outbox_default DROP CONSTRAINT %I', fence);
+    END LOOP;
+    RETURN added;
+END
+$$;
+
+-- Prepares a default partition with rows for outbox_add_partition: a CHECK that it has no row of the
+-- next partition. Called twice: the first call declares it, the second one reads the rows, in
+-- nobody's way. True when it is done.
+CREATE FUNCTION outbox_fence_default() RETURNS boolean LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET lock_timeout = '50ms' AS $$
+DECLARE
+    ids_per_partition CONSTANT bigint := 10000000000;
+    next_number bigint;
+    fence name;
+BEGIN
+    LOCK TABLE ONLY public.outbox IN SHARE UPDATE EXCLUSIVE MODE;
+    next_number := public.outbox_next_partition();
+    fence := 'outbox_ids_below_partition_' || next_number;
+    IF EXISTS (SELECT FROM pg_constraint
+        WHERE conrelid = 'public.outbox_default'::regclass AND conname = fence)
+    THEN
+        EXECUTE format('ALTER TABLE public.outbox_default VALIDATE CONSTRAINT %I', fence);
+        RETURN true;
+    END IF;
+    EXECUTE format('ALTER TABLE public.outbox_default ADD CONSTRAINT %I CHECK (id < %s) NOT VALID',
+        fence, next_number * ids_per_partition);
+    RETURN false;
+END
+$$;
+
+-- Ends the partition that the sequence stands in, which must be from_number: the next row goes into
+-- the next one. Returns its number; NULL: somebody was quicker, or there is none.
+CREATE FUNCTION outbox_roll_over(from_number bigint) RETURNS bigint
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET lock_timeout = '50ms' AS $$
+DECLARE
+    ids_per_partition CONSTANT bigint := 10000000000;
+    next_number bigint;
+BEGIN
+    LOCK TABLE ONLY public.outbox IN SHARE UPDATE EXCLUSIVE MODE;
+    SELECT min(number) INTO next_number
+    FROM public.outbox_partitions, public.outbox_id_seq
+    WHERE last_value / ids_per_partition = from_number AND number > from_number;
+    PERFORM setval('public.outbox_id_seq', next_number * ids_per_partition, false)
+    WHERE next_number IS NOT NULL;
+    RETURN next_number;
+END
+$$;
+
+-- Empties a partition (NULL: the default one) when every row in it is published: visible in the
+-- snapshot of every relay's cursor for every topic. The lock waits for writers that are in flight;
+-- a row of theirs is seen afterwards. Bookings write elsewhere and don't notice.
+-- By the index on transaction_id, or the check would read the whole partition.
+CREATE FUNCTION outbox_empty_partition(number bigint) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET lock_timeout = '50ms' SET enable_seqscan = off AS $$
+DECLARE
+    partition CONSTANT text := 'outbox_' || coalesce(number::text, 'default');
+    unpublished boolean;
+BEGIN
+    IF current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'outbox_empty_partition: wants READ COMMITTED'
+            USING ERRCODE = 'invalid_transaction_state';
+    END IF;
+    LOCK TABLE ONLY public.outbox IN SHARE UPDATE EXCLUSIVE MODE;
+    IF number IS NOT NULL AND NOT EXISTS (
+        SELECT FROM public.outbox_partitions AS p WHERE p.number = outbox_empty_partition.number)
+    THEN
+        RETURN false;
+    END IF;
+    EXECUTE format('LOCK TABLE ONLY public.%I IN ACCESS EXCLUSIVE MODE', partition);
+    -- A topic without a cursor: a relay that serves it has published none of its rows yet.
+    IF NOT EXISTS (SELECT FROM public.outbox_relay_cursor) OR EXISTS (
+        SELECT relay_name, topic
+        FROM (SELECT DISTINCT relay_name FROM public.outbox_relay_cursor) AS relays,
+             public.outbox_topics
+        EXCEPT SELECT relay_name, topic FROM public.outbox_relay_cursor)
+    THEN
+        RETURN false;
+    END IF;
+    EXECUTE format(
+        'SELECT EXISTS (SELECT FROM public.outbox_relay_cursor AS cursor WHERE'
+        ' EXISTS (SELECT FROM public.%1$I'
+        '     WHERE transaction_id >= pg_snapshot_xmax(cursor.published_snapshot))'
+        ' OR EXISTS (SELECT FROM public.%1$I WHERE transaction_id = ANY ('
+        '     ARRAY(SELECT pg_snapshot_xip(cursor.published_snapshot)))))',
+        partition) INTO unpublished;
+    IF unpublished THEN
+        RETURN false;
+    END IF;
+    EXECUTE format('TRUNCATE ONLY public.%I', partition);
+    RETURN true;
+END
+$$;
+
+-- Drops an emptied partition that the sequence has left behind. The lock on the whole outbox is held
+-- for a look at a file's size, the drop and the commit.
+CREATE FUNCTION outbox_drop_partition(number bigint) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET lock_timeout = '50ms' AS $$
+DECLARE
+    ids_per_partition CONSTANT bigint := 10000000000;
+BEGIN
+    LOCK TABLE ONLY public.outbox IN ACCESS EXCLUSIVE MODE;
+    IF NOT EXISTS (
+        SELECT FROM public.outbox_partitions AS p, public.outbox_id_seq
+        WHERE p.number = outbox_drop_partition.number
+            AND p.number < last_value / ids_per_partition
+            AND pg_relation_size(p.relation) = 0)
+    THEN
+        RETURN false;
+    END IF;
+    EXECUTE format('DROP TABLE public.outbox_%s', number);
+    RETURN true;
+END
+$$;
+"""
+
+# One row a relay and topic, so that a topic that can't be written holds up only itself. batch_* are
+# set while a batch is being published, so that a restart in its middle reads exactly the same rows.
+# Under at_least_once this is the cursor itself; under exactly_once a copy, at most a second old, of
+# the one in Kafka. generation rises where the cursor here replaces the one there (a change of the
+# delivery, `resume`); sequence rises with every step of a generation.
 RELAY_CURSOR = """
 CREATE TABLE outbox_relay_cursor (
-    relay_name text PRIMARY KEY,
+    relay_name text NOT NULL,
+    topic text NOT NULL,
     delivery text NOT NULL CHECK (delivery IN ('at_least_once', 'exactly_once')),
     leader_epoch bigint NOT NULL CHECK (leader_epoch >= 1),
     leader text NOT NULL,
+    generation integer NOT NULL DEFAULT 1 CHECK (generation >= 1),
+    sequence bigint NOT NULL DEFAULT 0 CHECK (sequence >= 0),
     published_snapshot pg_snapshot NOT NULL,
     batch_snapshot pg_snapshot,
     batch_last_id bigint,
@@ -195,13 +386,41 @@ CREATE TABLE outbox_relay_cursor (
     database_oid oid NOT NULL,
     timeline text NOT NULL,
     wal_lsn pg_lsn NOT NULL,
+    kafka_cluster_id text,
     published_rows bigint NOT NULL DEFAULT 0,
     updated_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (relay_name, topic),
     CHECK ((batch_snapshot IS NULL) = (batch_last_id IS NULL))
 ) WITH (fillfactor = 50);
 COMMENT ON TABLE outbox_relay_cursor IS
-    'How far each relay has published: all rows visible in published_snapshot, and of those '
-    'visible in batch_snapshot the ones up to batch_last_id.';
+    'How far each relay has published each topic: all rows visible in published_snapshot, and of '
+    'those visible in batch_snapshot the ones up to batch_last_id.';
+"""
+
+# Copies, because retention drops the outbox's partitions behind the cursor.
+RELAY_QUARANTINE = """
+CREATE TABLE outbox_relay_quarantine (
+    relay_name text NOT NULL,
+    id bigint NOT NULL,
+    topic text NOT NULL,
+    key text NOT NULL,
+    payload json NOT NULL,
+    headers jsonb NOT NULL,
+    error text,
+    quarantined_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    released_at timestamptz,
+    PRIMARY KEY (relay_name, id)
+);
+ALTER TABLE outbox_relay_quarantine
+    ALTER COLUMN payload SET STORAGE EXTERNAL,
+    ALTER COLUMN headers SET STORAGE EXTERNAL;
+CREATE INDEX outbox_relay_quarantine_by_key ON outbox_relay_quarantine (relay_name, topic, key, id);
+COMMENT ON TABLE outbox_relay_quarantine IS
+    'Events that Kafka refused for themselves, and those behind them with the same key, in order.';
+COMMENT ON COLUMN outbox_relay_quarantine.error IS
+    'What Kafka said of the event; NULL: it only waits behind an earlier one of its key.';
+COMMENT ON COLUMN outbox_relay_quarantine.released_at IS
+    'When an operator asked to try it again; the leader publishes it and deletes the row.';
 """
 
 GRANTS = """
@@ -213,11 +432,28 @@ GRANT SELECT, INSERT, UPDATE, DELETE ON idempotency_keys TO reservation_service;
 GRANT SELECT, INSERT, UPDATE, DELETE ON write_counts TO reservation_service;
 GRANT SELECT ON outbox_topics TO reservation_service, outbox_relay;
 GRANT INSERT (topic, key, payload, headers) ON outbox TO reservation_service;
-GRANT SELECT ON outbox TO outbox_relay;
+GRANT SELECT ON outbox, outbox_default, outbox_partitions, outbox_id_seq TO outbox_relay;
+REVOKE ALL ON FUNCTION outbox_add_partition, outbox_fence_default, outbox_roll_over,
+    outbox_empty_partition, outbox_drop_partition FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION outbox_add_partition, outbox_fence_default, outbox_roll_over,
+    outbox_empty_partition, outbox_drop_partition TO outbox_relay;
 GRANT SELECT, INSERT, UPDATE ON outbox_relay_cursor TO outbox_relay;
+GRANT SELECT, INSERT, UPDATE, DELETE ON outbox_relay_quarantine TO outbox_relay;
 """
 
-STEPS = (ROLES, CATALOGUE, RESERVATIONS, WRITE_COUNTS, OUTBOX_TOPICS, OUTBOX, RELAY_CURSOR, GRANTS)
+STEPS = (
+    ROLES,
+    CATALOGUE,
+    RESERVATIONS,
+    WRITE_COUNTS,
+    OUTBOX_TOPICS,
+    OUTBOX,
+    OUTBOX_PARTITIONS,
+    RELAY_CURSOR,
+    RELAY_QUARANTINE,
+    RETENTION,
+    GRANTS,
+)
 
 
 def upgrade() -> None:
@@ -229,7 +465,10 @@ def downgrade() -> None:
     op.execute(
         """
         REVOKE ALL ON alembic_version FROM reservation_service, outbox_relay;
-        DROP TABLE outbox_relay_cursor;
+        DROP TABLE outbox_relay_quarantine, outbox_relay_cursor;
+        DROP FUNCTION outbox_add_partition, outbox_fence_default, outbox_roll_over,
+            outbox_empty_partition, outbox_drop_partition, outbox_next_partition;
+        DROP VIEW outbox_partitions;
         DROP TABLE outbox;
         DROP FUNCTION outbox_refuse_unpublishable;
         DROP TABLE outbox_topics, write_counts, idempotency_keys, reservation_seats, reservations,
