@@ -180,9 +180,9 @@ CREATE TRIGGER outbox_refuse_unpublishable BEFORE INSERT ON outbox
     FOR EACH ROW EXECUTE FUNCTION outbox_refuse_unpublishable();
 """
 
-# Partition n has the ids from n to n + 1 times ten thousand million. None ever fills up: a partition
-# ends when the sequence is set to the first id of the next one (outbox_roll_over). So partitions are
-# cut by time, whatever the rate, and a relay that is away for days lets nobody run out of them. The
+# Partition n has the ids from n to n + 1 times ten thousand million. None ever fills up: it ends
+# when the sequence is set to the first id of the next one (outbox_roll_over). So partitions are cut
+# by time, whatever the rate, and a relay that is away for days lets nobody run out of them. The
 # default partition takes what a setval() by hand or a restored dump puts beyond them all.
 OUTBOX_PARTITIONS = """
 CREATE TABLE outbox_0 PARTITION OF outbox FOR VALUES FROM (0) TO (10000000000);
@@ -199,10 +199,10 @@ COMMENT ON VIEW outbox_partitions IS
 """
 
 # The relay doesn't own the outbox. What it may do to its partitions are these functions, with the
-# owner's rights: each keeps every row that isn't published, and gives up a lock after 50 ms, because
-# bookings queue up behind whoever waits for one. SHARE UPDATE EXCLUSIVE on the parent lets one of
-# them work at a time and is in nobody else's way. What they look up after a lock, they see with a
-# snapshot newer than the lock, which READ COMMITTED gives each statement of a volatile function.
+# owner's rights: each keeps every row that isn't published, and gives up waiting for a lock
+# after 50 ms, because bookings queue up behind it. SHARE UPDATE EXCLUSIVE on the parent lets one of
+# them work at a time and is in no writer's way. What they look up after a lock they see with a
+# newer snapshot: READ COMMITTED gives each statement of a volatile function one of its own.
 RETENTION = """
 -- The partition to make next. At least a whole partition's ids lie between it and the sequence, so
 -- that nobody has drawn one of its ids, or will until it is attached.
@@ -252,8 +252,8 @@ BEGIN
 END
 $$;
 
--- Prepares a default partition with rows for outbox_add_partition: a CHECK that it has no row of the
--- next partition. Called twice: the first call declares it, the second one reads the rows, in
+-- Prepares a default partition with rows for outbox_add_partition: a CHECK that it has no row of
+-- the next partition. Called twice: the first call declares it, the second one reads the rows, in
 -- nobody's way. True when it is done.
 CREATE FUNCTION outbox_fence_default() RETURNS boolean LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET lock_timeout = '50ms' AS $$
@@ -296,16 +296,47 @@ BEGIN
 END
 $$;
 
--- Empties a partition (NULL: the default one) when every row in it is published: visible in the
--- snapshot of every relay's cursor for every topic. The lock waits for writers that are in flight;
--- a row of theirs is seen afterwards. Bookings write elsewhere and don't notice.
--- By the index on transaction_id, or the check would read the whole partition.
-CREATE FUNCTION outbox_empty_partition(number bigint) RETURNS boolean
-LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp SET lock_timeout = '50ms' SET enable_seqscan = off AS $$
+-- Says which cursor a partition (NULL: the default one) must stay for; NULL: every row in it is
+-- published, visible in the snapshot of every relay's cursor for every topic. A topic without a
+-- cursor is one of which a relay has published nothing yet.
+-- By the index on transaction_id, or a check of a published partition would read all of it.
+CREATE FUNCTION outbox_kept_for(number bigint) RETURNS text LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET enable_seqscan = off AS $$
 DECLARE
     partition CONSTANT text := 'outbox_' || coalesce(number::text, 'default');
-    unpublished boolean;
+    kept_for text;
+BEGIN
+    IF NOT EXISTS (SELECT FROM public.outbox_relay_cursor) THEN
+        RETURN 'no relay has run';
+    END IF;
+    SELECT format('relay %s, topic %s', relay_name, topic) INTO kept_for FROM (
+        SELECT relay_name, outbox_topics.topic
+        FROM public.outbox_topics, (SELECT DISTINCT relay_name FROM public.outbox_relay_cursor) AS r
+        EXCEPT SELECT relay_name, topic FROM public.outbox_relay_cursor) AS missing LIMIT 1;
+    IF kept_for IS NOT NULL THEN
+        RETURN kept_for;
+    END IF;
+    EXECUTE format(
+        'SELECT format(''relay %%s, topic %%s'', relay_name, topic)'
+        ' FROM public.outbox_relay_cursor AS stored WHERE'
+        ' EXISTS (SELECT FROM public.%1$I'
+        '     WHERE transaction_id >= pg_snapshot_xmax(stored.published_snapshot))'
+        ' OR EXISTS (SELECT FROM public.%1$I WHERE transaction_id = ANY ('
+        '     ARRAY(SELECT pg_snapshot_xip(stored.published_snapshot))))'
+        ' ORDER BY 1 LIMIT 1',
+        partition) INTO kept_for;
+    RETURN kept_for;
+END
+$$;
+
+-- Empties a partition (NULL: the default one) in which every row is published. The lock waits for
+-- writers in flight, whose rows are seen only afterwards: the first look is not to lock in vain.
+-- Bookings write elsewhere and don't notice.
+CREATE FUNCTION outbox_empty_partition(number bigint) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET lock_timeout = '50ms' AS $$
+DECLARE
+    partition CONSTANT text := 'outbox_' || coalesce(number::text, 'default');
 BEGIN
     IF current_setting('transaction_isolation') <> 'read committed' THEN
         RAISE EXCEPTION 'outbox_empty_partition: wants READ COMMITTED'
@@ -317,24 +348,11 @@ BEGIN
     THEN
         RETURN false;
     END IF;
-    EXECUTE format('LOCK TABLE ONLY public.%I IN ACCESS EXCLUSIVE MODE', partition);
-    -- A topic without a cursor: a relay that serves it has published none of its rows yet.
-    IF NOT EXISTS (SELECT FROM public.outbox_relay_cursor) OR EXISTS (
-        SELECT relay_name, topic
-        FROM (SELECT DISTINCT relay_name FROM public.outbox_relay_cursor) AS relays,
-             public.outbox_topics
-        EXCEPT SELECT relay_name, topic FROM public.outbox_relay_cursor)
-    THEN
+    IF public.outbox_kept_for(number) IS NOT NULL THEN
         RETURN false;
     END IF;
-    EXECUTE format(
-        'SELECT EXISTS (SELECT FROM public.outbox_relay_cursor AS cursor WHERE'
-        ' EXISTS (SELECT FROM public.%1$I'
-        '     WHERE transaction_id >= pg_snapshot_xmax(cursor.published_snapshot))'
-        ' OR EXISTS (SELECT FROM public.%1$I WHERE transaction_id = ANY ('
-        '     ARRAY(SELECT pg_snapshot_xip(cursor.published_snapshot)))))',
-        partition) INTO unpublished;
-    IF unpublished THEN
+    EXECUTE format('LOCK TABLE ONLY public.%I IN ACCESS EXCLUSIVE MODE', partition);
+    IF public.outbox_kept_for(number) IS NOT NULL THEN
         RETURN false;
     END IF;
     EXECUTE format('TRUNCATE ONLY public.%I', partition);
@@ -342,8 +360,8 @@ BEGIN
 END
 $$;
 
--- Drops an emptied partition that the sequence has left behind. The lock on the whole outbox is held
--- for a look at a file's size, the drop and the commit.
+-- Drops an emptied partition that the sequence has left behind. The lock on the whole outbox is
+-- held for a look at a file's size, the drop and the commit.
 CREATE FUNCTION outbox_drop_partition(number bigint) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp SET lock_timeout = '50ms' AS $$
@@ -434,9 +452,9 @@ GRANT SELECT ON outbox_topics TO reservation_service, outbox_relay;
 GRANT INSERT (topic, key, payload, headers) ON outbox TO reservation_service;
 GRANT SELECT ON outbox, outbox_default, outbox_partitions, outbox_id_seq TO outbox_relay;
 REVOKE ALL ON FUNCTION outbox_add_partition, outbox_fence_default, outbox_roll_over,
-    outbox_empty_partition, outbox_drop_partition FROM PUBLIC;
+    outbox_kept_for, outbox_empty_partition, outbox_drop_partition FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION outbox_add_partition, outbox_fence_default, outbox_roll_over,
-    outbox_empty_partition, outbox_drop_partition TO outbox_relay;
+    outbox_kept_for, outbox_empty_partition, outbox_drop_partition TO outbox_relay;
 GRANT SELECT, INSERT, UPDATE ON outbox_relay_cursor TO outbox_relay;
 GRANT SELECT, INSERT, UPDATE, DELETE ON outbox_relay_quarantine TO outbox_relay;
 """
@@ -467,7 +485,7 @@ def downgrade() -> None:
         REVOKE ALL ON alembic_version FROM reservation_service, outbox_relay;
         DROP TABLE outbox_relay_quarantine, outbox_relay_cursor;
         DROP FUNCTION outbox_add_partition, outbox_fence_default, outbox_roll_over,
-            outbox_empty_partition, outbox_drop_partition, outbox_next_partition;
+            outbox_kept_for, outbox_empty_partition, outbox_drop_partition, outbox_next_partition;
         DROP VIEW outbox_partitions;
         DROP TABLE outbox;
         DROP FUNCTION outbox_refuse_unpublishable;
