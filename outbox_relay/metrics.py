@@ -1,4 +1,4 @@
-"""What the relay tells Prometheus, and whether its loop still turns."""
+"""What the relay tells Prometheus, and whether its lanes make progress. Usable from any thread."""
 
 import threading
 import time
@@ -9,55 +9,118 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
-# Longer than any statement and wait of the loop, so that only a loop that hangs is unhealthy.
+# Longer than any statement and wait of a lane, so that only one that hangs is unhealthy.
 HEALTHY_WITHIN_S = 150.0
-CHUNK_BUCKETS = (1, 10, 100, 1_000, 5_000, 100_000)
+BATCH_ROWS_BUCKETS = (1, 10, 100, 1_000, 5_000, 100_000)
+COMMIT_TO_ACK_BUCKETS_S = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+)
 
 
 class Metrics:
-    """The relay's metrics and the time of its last progress."""
+    """The relay's metrics and the time of each lane's last progress."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.leader = Gauge(
-            "outbox_relay_leader", "1 while this process leads.", registry=self.registry
+        self._leader = self._gauge("leader", "1 while this process leads.")
+        self._standby = self._gauge("standby", "1 while this process stands by for the leader.")
+        self._lag_rows = self._gauge(
+            "lag_rows",
+            "Committed events of a topic that are not published; of the leader.",
+            "topic",
+        )
+        self._oldest_age_s = self._gauge(
+            "oldest_unpublished_age_seconds", "Age of the oldest of these; 0 without any.", "topic"
+        )
+        self._quarantined = self._gauge(
+            "quarantined", "Events that wait for `outbox-relay quarantine release`.", "topic"
+        )
+        self._partitions = self._gauge("outbox_partitions", "Partitions of the outbox.")
+        self._default_rows = self._gauge(
+            "outbox_default_rows", "Rows beyond all ranges, which block retention; to be 0."
         )
         self._published = Counter(
             "outbox_relay_published_events",
             "Events that Kafka has acknowledged and the cursor has passed.",
+            ["topic"],
             registry=self.registry,
         )
-        self._chunk_rows = Histogram(
-            "outbox_relay_chunk_rows",
-            "Events published together.",
-            buckets=CHUNK_BUCKETS,
+        self._retries = Counter(
+            "outbox_relay_retries",
+            "Attempts that failed and are made again, by the kind of the failure.",
+            ["reason", "topic"],
             registry=self.registry,
         )
-        self._failures = Counter(
-            "outbox_relay_failures",
-            "Terms that ended by a failure, by its kind.",
-            ["reason"],
-            registry=self.registry,
+        self._batch_rows = self._histogram(
+            "batch_rows", "Events published together.", BATCH_ROWS_BUCKETS
         )
-        self._progressed_at_s = time.monotonic()
+        self._commit_to_ack_s = self._histogram(
+            "commit_to_ack_seconds",
+            "From the insert of a batch's oldest event to its acknowledgement by Kafka.",
+            COMMIT_TO_ACK_BUCKETS_S,
+        )
+        self._progressed_at_s: dict[str, float] = {}
+        self._lock = threading.Lock()
 
-    def published(self, rows: int) -> None:
-        """Count a chunk behind which the cursor has moved."""
-        self._published.inc(rows)
-        self._chunk_rows.observe(rows)
+    def leading(self, leads: bool) -> None:  # noqa: FBT001 - a state, named by the method
+        """Note whether this process leads; who doesn't knows nothing of the lag."""
+        self._leader.set(leads)
+        if not leads:
+            for of_the_leader in (self._lag_rows, self._oldest_age_s, self._quarantined):
+                of_the_leader.clear()
 
-    def failed(self, error: Exception) -> None:
-        """Count a term that a failure ended."""
-        self._failures.labels(reason=type(error).__name__).inc()
-        self.progressed()
+    def standing_by(self, stands_by: bool) -> None:  # noqa: FBT001 - see above
+        """Note whether this process waits for the leadership."""
+        self._standby.set(stands_by)
 
-    def progressed(self) -> None:
-        """Note that the loop has come round."""
-        self._progressed_at_s = time.monotonic()
+    def published(self, topic: str, rows: int, oldest_age_s: float) -> None:
+        """Count a batch behind which the cursor has moved; its oldest event is that old."""
+        self._published.labels(topic).inc(rows)
+        self._batch_rows.labels(topic).observe(rows)
+        self._commit_to_ack_s.labels(topic).observe(oldest_age_s)
 
-    def healthy(self) -> bool:
-        """Whether the loop has come round lately."""
-        return time.monotonic() - self._progressed_at_s < HEALTHY_WITHIN_S
+    def retried(self, reason: str, topic: str) -> None:
+        """Count an attempt that failed. `reason` is a kind (few in number), not a message."""
+        self._retries.labels(reason, topic).inc()
+
+    def lag(self, topic: str, rows: int, seconds: float) -> None:
+        """Note how many events of a topic are unpublished, and the age of the oldest."""
+        self._lag_rows.labels(topic).set(rows)
+        self._oldest_age_s.labels(topic).set(seconds)
+
+    def quarantined(self, topic: str, events: int) -> None:
+        """Note how many events of a topic are in quarantine."""
+        self._quarantined.labels(topic).set(events)
+
+    def retention(self, partitions: int, default_rows: int) -> None:
+        """Note of how many partitions the outbox is, and how many rows are in the default one."""
+        self._partitions.set(partitions)
+        self._default_rows.set(default_rows)
+
+    def progressed(self, lane: str) -> None:
+        """Note that a lane has come round; the first time makes it count for `healthy`."""
+        with self._lock:
+            self._progressed_at_s[lane] = time.monotonic()
+
+    def forget(self, lane: str) -> None:
+        """Note that a lane has ended in order."""
+        with self._lock:
+            self._progressed_at_s.pop(lane, None)
+
+    def healthy(self, within_s: float = HEALTHY_WITHIN_S) -> bool:
+        """Whether every lane has come round lately."""
+        with self._lock:
+            oldest_s = min(self._progressed_at_s.values(), default=time.monotonic())
+        return time.monotonic() - oldest_s < within_s
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"outbox_relay_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
+        return Histogram(
+            f"outbox_relay_{name}", text, ["topic"], buckets=tuple(buckets), registry=self.registry
+        )
 
 
 def serve(metrics: Metrics, host: str, port: int) -> None:
