@@ -3,10 +3,12 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo up stack test check lint format lock wheel clean
+.PHONY: help install demo up stack test check lint format lock wheel chaos clean
 
 PYTHON ?= python3
 BROKERS ?= 1
+DURATION_S ?= 600
+SEED ?= 1
 PORT ?= 8000
 BIN := .venv/bin
 RUN := $(BIN)/python -m
@@ -39,6 +41,9 @@ stack: $(INSTALLED) ## databases, Kafka, migrations and topics in the foreground
 
 test: $(INSTALLED) ## all tests, on a real Postgres and a real Kafka
 	@exec $(RUN) pytest
+
+chaos: $(INSTALLED) ## relays and brokers killed and frozen at random, then an audit (DURATION_S=, SEED=)
+	@DEVSTACK_PARENT=$$PPID exec $(RUN) chaos --duration-s $(DURATION_S) --seed $(SEED)
 
 check: $(INSTALLED) ## the quick tests and lint, in under a minute, without any server
 	@$(RUN) ruff check --quiet . && $(RUN) ruff format --quiet --check . && exec $(RUN) pytest -q -m "not needs_postgres and not needs_kafka"

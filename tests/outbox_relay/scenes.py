@@ -189,3 +189,19 @@ def has_open_transaction(cluster: KafkaCluster, topic: str, partitions: int = 3)
 
     committed = ends(IsolationLevel.READ_COMMITTED)
     return committed != ends(IsolationLevel.READ_UNCOMMITTED)
+
+
+def freeze_in_a_transaction(
+    outbox: ExactlyOnceOutbox, cluster: KafkaCluster, relay: Process
+) -> None:
+    """Stop a relay that has a backlog at a moment at which its transaction is open."""
+
+    def caught() -> bool:
+        wait_until(lambda: has_open_transaction(cluster, outbox.topic), 20, "a transaction")
+        relay.pause()
+        if has_open_transaction(cluster, outbox.topic):
+            return True
+        relay.resume()
+        return False
+
+    wait_until(caught, 30, "the relay to be stopped in a transaction")

@@ -6,8 +6,10 @@ by a transaction whose first write is the outbox row.
 """
 
 import json
+import math
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ CREATE TABLE row_keys (key text PRIMARY KEY, number bigint NOT NULL);
 CREATE TABLE early_writes (writer text);
 INSERT INTO row_keys SELECT 'row-' || n, 0 FROM generate_series(1, %(keys)s) AS n;
 """
+Kind = Callable[[psycopg.Connection, random.Random], int]
 INSERT = "INSERT INTO outbox (topic, key, payload) VALUES (%s, %s, %s)"
 
 
@@ -31,13 +34,20 @@ class Rollback(Exception):  # noqa: N818  # it is no error
 
 @dataclass
 class Writers:
-    """Runs one thread per kind of writer until `stop`; then the outbox table is the truth."""
+    """Runs one thread per kind of writer until `stop`; then the outbox table is the truth.
+
+    `events` counts what is committed; with `events_per_s` they wait for one another's sum.
+    """
 
     url: str
     topic: str
     seed: int
+    burst_rows: int = 200
+    events_per_s: float = math.inf
     commits: int = 0
+    events: int = 0
     failures: list[BaseException] = field(default_factory=list)
+    _began: float = 0.0
     _stop: threading.Event = field(default_factory=threading.Event)
     _progress: threading.Condition = field(default_factory=threading.Condition)
     _advisory_numbers: dict[str, int] = field(default_factory=dict)
@@ -50,7 +60,8 @@ class Writers:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Write while the block runs; all writers have ended behind it."""
-        kinds: list[Callable[[psycopg.Connection, random.Random], None]] = [
+        self._began = time.monotonic()
+        kinds: list[Kind] = [
             self.row_lock_first,
             self.row_lock_first,
             self.outbox_insert_is_the_first_write,
@@ -77,13 +88,14 @@ class Writers:
         assert not self.failures, self.failures
         assert not any(thread.is_alive() for thread in threads)
 
-    def row_lock_first(self, connection: psycopg.Connection, chance: random.Random) -> None:
+    def row_lock_first(self, connection: psycopg.Connection, chance: random.Random) -> int:
         with connection.transaction():
             self._write_row_key(connection, self._row_key(chance))
+        return 1
 
     def outbox_insert_is_the_first_write(
         self, connection: psycopg.Connection, chance: random.Random
-    ) -> None:
+    ) -> int:
         """An advisory lock needs no transaction id: id and xid are drawn by the same INSERT."""
         key = f"advisory-{chance.randint(1, KEYS_OF_EACH_KIND)}"
         with connection.transaction():
@@ -92,23 +104,26 @@ class Writers:
             connection.execute(INSERT, (self.topic, key, json.dumps({"number": number})))
             # Before the commit, which lets the next holder in.
             self._advisory_numbers[key] = number
+        return 1
 
-    def two_keys(self, connection: psycopg.Connection, chance: random.Random) -> None:
+    def two_keys(self, connection: psycopg.Connection, chance: random.Random) -> int:
         first, second = sorted(chance.sample(range(1, KEYS_OF_EACH_KIND + 1), 2))
         with connection.transaction():
             self._write_row_key(connection, f"row-{first}")
             self._write_row_key(connection, f"row-{second}")
+        return 2
 
     def late_lock_in_a_long_transaction(
         self, connection: psycopg.Connection, chance: random.Random
-    ) -> None:
+    ) -> int:
         """An old transaction id with a young event: it sorts before those it comes after."""
         with connection.transaction():
             connection.execute("INSERT INTO early_writes VALUES ('long')")
             self._wait_for_others(commits=chance.randint(20, 200))
             self._write_row_key(connection, self._row_key(chance))
+        return 1
 
-    def savepoints(self, connection: psycopg.Connection, chance: random.Random) -> None:
+    def savepoints(self, connection: psycopg.Connection, chance: random.Random) -> int:
         key = self._row_key(chance)
         with connection.transaction():
             self._write_row_key(connection, key)
@@ -118,29 +133,29 @@ class Writers:
                     raise Rollback  # noqa: TRY301
             except Rollback:
                 self._write_row_key(connection, key)
+        return 2
 
-    def rolls_back(self, connection: psycopg.Connection, chance: random.Random) -> None:
+    def rolls_back(self, connection: psycopg.Connection, chance: random.Random) -> int:
         try:
             with connection.transaction():
                 self._write_row_key(connection, self._row_key(chance))
                 raise Rollback  # noqa: TRY301
         except Rollback:
-            return
+            return 0
 
-    def bursts(self, connection: psycopg.Connection, chance: random.Random) -> None:
+    def bursts(self, connection: psycopg.Connection, chance: random.Random) -> int:
+        names = {"topic": self.topic, "key": self._row_key(chance), "rows": self.burst_rows}
         with connection.transaction():
             connection.execute(
-                "WITH locked AS (UPDATE row_keys SET number = number + 200 WHERE key = %s"
-                " RETURNING key, number - 200 AS number)"
-                " SELECT * FROM locked",
-                (key := self._row_key(chance),),
+                "UPDATE row_keys SET number = number + %(rows)s WHERE key = %(key)s", names
             )
             connection.execute(
                 "INSERT INTO outbox (topic, key, payload)"
-                " SELECT %(topic)s, key, json_build_object('number', number - 200 + n)"
-                " FROM row_keys, generate_series(1, 200) AS n WHERE key = %(key)s ORDER BY n",
-                {"topic": self.topic, "key": key},
+                " SELECT %(topic)s, key, json_build_object('number', number - %(rows)s + n)"
+                " FROM row_keys, generate_series(1, %(rows)s) AS n WHERE key = %(key)s ORDER BY n",
+                names,
             )
+        return self.burst_rows
 
     def _write_row_key(self, connection: psycopg.Connection, key: str) -> None:
         found = connection.execute(
@@ -153,19 +168,23 @@ class Writers:
     def _row_key(chance: random.Random) -> str:
         return f"row-{chance.randint(1, KEYS_OF_EACH_KIND)}"
 
-    def _write(
-        self, kind: Callable[[psycopg.Connection, random.Random], None], number: int
-    ) -> None:
+    def _write(self, kind: Kind, number: int) -> None:
         chance = random.Random(self.seed * 100 + number)  # noqa: S311
         try:
             with psycopg.connect(self.url, autocommit=True) as connection:
                 while not self._stop.is_set():
-                    kind(connection, chance)
+                    events = kind(connection, chance)
                     with self._progress:
                         self.commits += 1
+                        self.events += events
                         self._progress.notify_all()
+                    self._stop.wait(self._ahead_s())
         except BaseException as error:  # noqa: BLE001  # told by running()
             self.failures.append(error)
+
+    def _ahead_s(self) -> float:
+        """How long until so many events may have been written."""
+        return max(0.0, self._began + self.events / self.events_per_s - time.monotonic())
 
     def _wait_for_others(self, commits: int) -> None:
         with self._progress:
@@ -183,12 +202,13 @@ class Verdict:
     lost: int
     invented: int
     reordered: int
+    doubled: int
 
 
 def judge(url: str, published: list[tuple[str, int]]) -> Verdict:
     """Compare what was published, as (key, number) in order, with the outbox table.
 
-    A repetition is no fault (at least once); what counts is each event's first appearance.
+    Under at_least_once a repetition is no fault: for order each event's first appearance counts.
     """
     with psycopg.connect(url) as connection:
         committed = {
@@ -205,4 +225,5 @@ def judge(url: str, published: list[tuple[str, int]]) -> Verdict:
         lost=len(committed - set(first_seen)),
         invented=len(set(first_seen) - committed),
         reordered=reordered,
+        doubled=len(published) - len(first_seen),
     )

@@ -1,0 +1,109 @@
+"""`python -m chaos`: faults at full size, for people. Exit codes as everywhere: 0, 1, 2."""
+
+import json
+import shutil
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from chaos import relay
+from chaos.relay import Outcome
+from devstack.__main__ import ending_well
+from devstack.kafka import KafkaCluster
+from devstack.parts import new_kafka, new_postgres
+from devstack.state import Run, home
+from devstack.steps import Steps
+from tests.databases import create_reservation_database
+from tests.outbox_relay.scenes import ExactlyOnceOutbox, make_outbox
+
+FULL_EVENTS = 1_000_000
+FULL_DURATION_S = 600
+PARTITIONS = 6
+
+
+@click.command()
+@click.option("--duration-s", type=click.IntRange(10), default=FULL_DURATION_S, show_default=True)
+@click.option("--events", type=click.IntRange(1), help="default: in proportion to a million")
+@click.option("--seed", type=int, default=1, show_default=True)
+def main(duration_s: int, events: int | None, seed: int) -> None:
+    """Two relays and three brokers under random kills and freezes; nothing may be lost."""
+    wanted = events or FULL_EVENTS * duration_s // FULL_DURATION_S
+    with ending_well(), ExitStack() as cleanup:
+        steps = cleanup.enter_context(Steps())
+        run = cleanup.enter_context(Run())
+        with steps.step("Postgres and three brokers"):
+            server, cluster = new_postgres(run, "reservations"), new_kafka(run, "kafka", 3)
+            for part in (server, cluster):
+                cleanup.callback(part.close)
+            server.start()
+            cluster.start()
+        steps.finish()
+        outbox = make_outbox(create_reservation_database(server), cluster, partitions=PARTITIONS)
+        results = home() / "chaos" / f"relay-{seed}"
+        results.mkdir(parents=True, exist_ok=True)
+        try:
+            outcome = watched(
+                outbox, cluster, run.path, seconds=duration_s, events=wanted, seed=seed
+            )
+        finally:
+            for log in run.path.glob("relay-*.log"):
+                shutil.copy(log, results)
+    report(outcome, results)
+    sys.exit(0 if outcome.good else 1)
+
+
+def watched(
+    outbox: ExactlyOnceOutbox,
+    cluster: KafkaCluster,
+    logs: Path,
+    *,
+    seconds: int,
+    events: int,
+    seed: int,
+) -> Outcome:
+    """Run with a progress bar on standard error."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        task = bar.add_task("events", total=events)
+
+        def show(written: int, strikes: int) -> None:
+            bar.update(task, completed=min(written, events), description=f"{strikes} faults")
+
+        return relay.run(
+            outbox, cluster, logs, seconds=seconds, events=events, seed=seed, progress=show
+        )
+
+
+def report(outcome: Outcome, results: Path) -> None:
+    """Print the table, and keep the figures as JSON."""
+    verdict = outcome.verdict
+    table = Table(title=f"two relays, seed {outcome.seed}, {outcome.seconds:g} s")
+    table.add_column("what")
+    table.add_column("count", justify="right")
+    for fault, count in sorted(outcome.strikes.items()):
+        table.add_row(fault, f"{count:,}")
+    table.add_row("terms begun", f"{outcome.terms:,}")
+    table.add_row("events committed", f"{verdict.committed:,}", end_section=True)
+    for name in ("lost", "doubled", "reordered", "invented"):
+        count = getattr(verdict, name)
+        table.add_row(name, f"[{'red' if count else 'green'}]{count:,}")
+    console = Console()
+    console.print(table)
+    file = results / "outcome.json"
+    file.write_text(json.dumps(outcome.as_json(), indent=2) + "\n", encoding="utf-8")
+    console.print(f"figures and logs: {results}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
