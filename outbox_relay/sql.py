@@ -202,3 +202,51 @@ SET leader_epoch = leader_epoch + 1, leader = '', delivery = %(delivery)s,
     timeline = %(timeline)s, wal_lsn = %(wal_lsn)s::pg_lsn, updated_at = clock_timestamp()
 WHERE relay_name = %(name)s
 """
+
+# --- Retention -----------------------------------------------------------------------------------
+
+# Every partition of the outbox with its first and last row; the default one has no number. Asked of
+# the parent, which the relay may read, by bounds that leave one partition to look into.
+PARTITIONS = """
+SELECT p.number, pg_relation_size(relation) > 0 AS filled,
+       pg_total_relation_size(relation) AS size_bytes, last_value / 10000000000 AS in_use,
+       coalesce(newest.id - oldest.id + 1, 0) AS ids,
+       extract(epoch FROM clock_timestamp() - oldest.created_at)::float8 AS oldest_age_s,
+       extract(epoch FROM clock_timestamp() - newest.created_at)::float8 AS newest_age_s
+FROM outbox_id_seq, outbox_partitions AS p
+LEFT JOIN LATERAL (
+    SELECT id, created_at FROM outbox
+    WHERE id >= p.number * 10000000000 AND id < (p.number + 1) * 10000000000
+    ORDER BY id LIMIT 1
+) AS oldest ON true
+LEFT JOIN LATERAL (
+    SELECT id, created_at FROM outbox
+    WHERE id >= p.number * 10000000000 AND id < (p.number + 1) * 10000000000
+    ORDER BY id DESC LIMIT 1
+) AS newest ON true
+UNION ALL
+SELECT NULL, pg_relation_size('outbox_default') > 0, pg_total_relation_size('outbox_default'),
+       last_value / 10000000000, coalesce(newest.id - oldest.id + 1, 0),
+       extract(epoch FROM clock_timestamp() - oldest.created_at)::float8,
+       extract(epoch FROM clock_timestamp() - newest.created_at)::float8
+FROM outbox_id_seq
+LEFT JOIN (SELECT id, created_at FROM outbox_default ORDER BY id LIMIT 1) AS oldest ON true
+LEFT JOIN (SELECT id, created_at FROM outbox_default ORDER BY id DESC LIMIT 1) AS newest ON true
+ORDER BY number
+"""
+
+# Who holds a lock on a table, told apart by transaction.
+HOLDERS = """
+SELECT virtualtransaction, coalesce('process ' || pid, 'a prepared transaction') FROM pg_locks
+WHERE locktype = 'relation' AND relation = to_regclass(%(relation)s) AND granted
+  AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+  AND pid IS DISTINCT FROM pg_backend_pid()
+"""
+
+# What the owner lets the relay do to partitions: see the migration.
+ADD_PARTITION = "SELECT outbox_add_partition()"
+FENCE_DEFAULT = "SELECT outbox_fence_default()"
+ROLL_OVER = "SELECT outbox_roll_over(%(in_use)s::bigint)"
+KEPT_FOR = "SELECT outbox_kept_for(%(number)s::bigint)"
+EMPTY_PARTITION = "SELECT outbox_empty_partition(%(number)s::bigint)"
+DROP_PARTITION = "SELECT outbox_drop_partition(%(number)s::bigint)"

@@ -119,6 +119,10 @@ def test_the_service_may_add_events_but_neither_read_change_nor_remove_them(
             "INSERT INTO outbox (transaction_id) VALUES ('1')",
             "INSERT INTO outbox_topics VALUES ('t', 1)",
             "UPDATE outbox_relay_cursor SET leader = 'x'",
+            "INSERT INTO outbox_0 (topic, key, payload) VALUES ('concert-reservation', 'k', '{}')",
+            "SELECT outbox_roll_over(0)",
+            "SELECT outbox_empty_partition(0)",
+            "SELECT outbox_drop_partition(0)",
             "DELETE FROM reservations",
             "DELETE FROM seats",
             "CREATE TABLE mine (a int)",
@@ -128,6 +132,75 @@ def test_the_service_may_add_events_but_neither_read_change_nor_remove_them(
         connection.execute(
             "INSERT INTO outbox (topic, key, payload) VALUES ('concert-reservation', 'k', '{}')"
         )
+
+
+def test_the_relay_may_read_events_but_neither_add_change_nor_remove_them(
+    reservation_database: ReservationDatabase,
+) -> None:
+    refused(
+        reservation_database.relay_url,
+        (
+            "INSERT INTO outbox (topic, key, payload) VALUES ('concert-reservation', 'k', '{}')",
+            "UPDATE outbox SET key = 'x'",
+            "DELETE FROM outbox",
+            "TRUNCATE outbox_0",
+            "DROP TABLE outbox_0",
+            "ALTER TABLE outbox DETACH PARTITION outbox_0",
+            "SELECT setval('outbox_id_seq', 1)",
+            "CREATE TABLE mine (a int)",
+        ),
+    )
+    with psycopg.connect(reservation_database.relay_url) as connection:
+        connection.execute("SELECT * FROM outbox, outbox_default")
+        connection.execute("SELECT number, last_value FROM outbox_partitions, outbox_id_seq")
+
+
+def test_functions_with_the_owners_rights_look_names_up_nowhere_else_and_are_not_for_everybody(
+    reservation_database: ReservationDatabase,
+) -> None:
+    # Else whoever may make a table in some schema could put his own in the place of ours.
+    with psycopg.connect(reservation_database.owner_url) as connection:
+        found = connection.execute(
+            "SELECT proname, proconfig,"
+            " has_function_privilege('reservation_service', oid, 'execute')"
+            " FROM pg_proc WHERE prosecdef AND pronamespace = 'public'::regnamespace"
+        ).fetchall()
+    assert len(found) == 6
+    for name, settings, everybody in found:
+        assert "search_path=pg_catalog, pg_temp" in settings, name
+        assert not everybody, name
+
+
+PARTITION = """
+SELECT array_agg((attname, format_type(atttypid, NULL), attnotnull, attstorage) ORDER BY attnum),
+       (SELECT array_agg(replace(indexdef, relname, '') ORDER BY indexdef) FROM pg_indexes
+        WHERE tablename = relname),
+       (SELECT array_agg(pg_get_constraintdef(oid) ORDER BY pg_get_constraintdef(oid)) FROM pg_constraint
+        WHERE conrelid = pg_class.oid),
+       (SELECT array_agg((tgname, tgenabled)) FROM pg_trigger WHERE tgrelid = pg_class.oid)
+FROM pg_class JOIN pg_attribute ON attrelid = pg_class.oid AND attnum > 0
+WHERE pg_class.oid = %s::regclass GROUP BY pg_class.oid, relname
+"""
+
+
+def test_a_partition_made_later_is_like_the_first_one(
+    reservation_database: ReservationDatabase,
+) -> None:
+    with psycopg.connect(reservation_database.relay_url) as relay:
+        relay.execute("SELECT outbox_roll_over(0)")
+        assert relay.execute("SELECT outbox_add_partition()").fetchone() == (3,)
+    with psycopg.connect(reservation_database.owner_url) as connection:
+        first, *others = (
+            connection.execute(PARTITION, (name,)).fetchone()
+            for name in ("outbox_0", "outbox_3", "outbox_default")
+        )
+    assert first is not None
+    columns, indexes, _, triggers = first
+    # Not compressed, so that its size is known without reading it.
+    assert ("payload", "json", "t", "e") in [tuple(map(str, column)) for column in columns]
+    assert len(indexes) == 2
+    assert "outbox_refuse_unpublishable" in str(triggers)
+    assert others == [first, first]
 
 
 def test_the_analyst_reads_facts_and_nothing_else(analytics_database: AnalyticsDatabase) -> None:

@@ -355,7 +355,9 @@ BEGIN
     IF public.outbox_kept_for(number) IS NOT NULL THEN
         RETURN false;
     END IF;
-    EXECUTE format('TRUNCATE ONLY public.%I', partition);
+    IF pg_relation_size(format('public.%I', partition)::regclass) > 0 THEN
+        EXECUTE format('TRUNCATE ONLY public.%I', partition);
+    END IF;
     RETURN true;
 END
 $$;
