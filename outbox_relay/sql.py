@@ -203,6 +203,150 @@ SET leader_epoch = leader_epoch + 1, leader = '', delivery = %(delivery)s,
 WHERE relay_name = %(name)s
 """
 
+# --- Doctor ------------------------------------------------------------------------------------
+
+# Asked through a pooler, the server tells another pid than the one that was told at the start; and
+# only options that reached the server are a setting's source.
+SESSION = """
+SELECT pg_backend_pid() AS pid, EXISTS (
+    SELECT FROM pg_settings WHERE name = 'idle_session_timeout' AND source = 'client'
+) AS has_our_options
+"""
+
+LIMIT_EXAMINATION = (
+    "SELECT set_config('statement_timeout', '3s', false), set_config('lock_timeout', '1s', false)"
+)
+
+SERVER = """
+SELECT pg_is_in_recovery() AS in_recovery,
+       extract(epoch FROM clock_timestamp())::float8 AS clock_s,
+       current_setting('fsync')::boolean AS fsync,
+       current_setting('full_page_writes')::boolean AS full_page_writes
+"""
+
+REVISION = "SELECT max(version_num) AS revision FROM alembic_version"
+
+ALLOWED_BYTES = "SELECT topic, max_bytes FROM outbox_topics ORDER BY topic"
+
+# Transactions that have written to the outbox, or may have: they hold the lock of an INSERT on it
+# or a partition of it, and an xid. The age of others' transactions is hidden from a role without
+# pg_read_all_stats; but a row of a later xid is younger than our transaction's first write.
+WRITERS = """
+WITH tables AS (
+    SELECT 'public.outbox'::regclass::oid AS oid
+    UNION SELECT relid FROM pg_partition_tree('public.outbox')
+), writers AS (
+    SELECT DISTINCT pid, virtualtransaction FROM pg_locks
+    WHERE locktype = 'relation' AND relation IN (SELECT oid FROM tables)
+      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+      AND mode = 'RowExclusiveLock' AND granted AND pid IS DISTINCT FROM pg_backend_pid()
+)
+SELECT activity.pid, prepared.gid, coalesce(activity.usename, prepared.owner) AS role,
+       activity.application_name, activity.state, activity.wait_event, activity.query,
+       extract(epoch FROM clock_timestamp() - activity.query_start)::float8 AS query_age_s,
+       held.transactionid::text AS xid,
+       extract(epoch FROM clock_timestamp() - coalesce(
+           activity.xact_start, prepared.prepared,
+           (SELECT created_at FROM outbox
+            WHERE transaction_id > (newest - ((newest - held.transactionid::text::bigint)
+                                              & 4294967295))::text::xid8
+            ORDER BY transaction_id LIMIT 1)))::float8 AS age_s
+FROM writers
+JOIN pg_locks AS held USING (virtualtransaction)
+LEFT JOIN pg_stat_activity AS activity ON activity.pid = writers.pid
+LEFT JOIN pg_prepared_xacts AS prepared ON prepared.transaction = held.transactionid,
+LATERAL (SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS newest) AS now
+WHERE held.locktype = 'transactionid' AND held.mode = 'ExclusiveLock' AND held.granted
+  AND held.transactionid IN (activity.backend_xid, prepared.transaction)
+ORDER BY age_s DESC NULLS LAST LIMIT 20
+"""
+
+WAIT_A_SECOND = "SELECT pg_sleep(1)"
+
+# A role's own setting comes before its database's, and that before the server's.
+WRITERS_COMMIT = """
+SELECT rolname AS role, coalesce(set_for.value, %(of_server)s) AS value,
+       current_setting('synchronous_standby_names') <> '' AS has_standbys
+FROM pg_roles
+LEFT JOIN LATERAL (
+    SELECT split_part(entry, '=', 2) AS value
+    FROM pg_db_role_setting, unnest(setconfig) AS entry
+    WHERE entry LIKE 'synchronous_commit=%%' AND setrole IN (0, pg_roles.oid)
+      AND setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
+    ORDER BY setrole <> 0 DESC, setdatabase <> 0 DESC LIMIT 1
+) AS set_for ON true
+WHERE rolcanlogin AND NOT rolsuper
+  AND has_any_column_privilege(pg_roles.oid, 'public.outbox', 'INSERT')
+ORDER BY rolname
+"""
+
+# In a session without SESSION_OPTIONS, which hide it.
+SERVER_COMMIT = """
+SELECT CASE WHEN source LIKE '%%user' THEN 'on' ELSE setting END AS value
+FROM pg_settings WHERE name = 'synchronous_commit'
+"""
+
+CONNECTION_LIMITS = """
+WITH sessions AS (
+    SELECT datname, usename FROM pg_stat_activity WHERE datid IS NOT NULL AND usesysid IS NOT NULL
+)
+SELECT 'the server (max_connections)' AS whose, (SELECT count(*) FROM sessions) AS used,
+       current_setting('max_connections')::integer
+       - current_setting('superuser_reserved_connections')::integer
+       - coalesce(current_setting('reserved_connections', true)::integer, 0) AS allowed
+UNION ALL
+SELECT 'the role ' || rolname, (SELECT count(*) FROM sessions WHERE usename = rolname), rolconnlimit
+FROM pg_roles WHERE rolname = current_user AND rolconnlimit >= 0
+UNION ALL
+SELECT 'the database ' || database.datname,
+       (SELECT count(*) FROM sessions WHERE sessions.datname = database.datname), datconnlimit
+FROM pg_database AS database WHERE datname = current_database() AND datconnlimit >= 0
+"""
+
+# A row is never visible before its transaction has ended, so these are of another server.
+FUTURE_ROWS = """
+SELECT count(*) AS rows, min(id) AS first_id FROM (
+    SELECT id FROM outbox
+    WHERE transaction_id >= pg_snapshot_xmax(pg_current_snapshot()) LIMIT 100001
+) AS future
+"""
+
+DEFAULT_PARTITION_ROWS = """
+SELECT count(*) AS rows, min(id) AS first_id FROM (
+    SELECT id FROM outbox_default LIMIT 100001
+) AS beyond
+"""
+
+QUARANTINED = """
+SELECT topic, count(*) AS events, min(id) AS first_id,
+       count(*) FILTER (WHERE error IS NOT NULL) AS refused
+FROM outbox_relay_quarantine WHERE relay_name = %(name)s GROUP BY topic ORDER BY topic
+"""
+
+# About the oldest event of each topic that is committed and unpublished, by index alone: of the
+# batch under way, of transactions that were open when it began, of later ones.
+UNPUBLISHED = """
+SELECT outbox_topics.topic, extract(epoch FROM clock_timestamp() - least(
+    (SELECT created_at FROM outbox
+     WHERE outbox.topic = outbox_topics.topic AND id > batch_last_id
+       AND NOT pg_visible_in_snapshot(transaction_id, published)
+       AND pg_visible_in_snapshot(transaction_id, batch_snapshot)
+     ORDER BY id LIMIT 1),
+    (SELECT min(created_at) FROM outbox
+     WHERE outbox.topic = outbox_topics.topic
+       AND transaction_id = ANY (ARRAY(SELECT pg_snapshot_xip(newest)))),
+    (SELECT created_at FROM outbox
+     WHERE outbox.topic = outbox_topics.topic AND transaction_id >= pg_snapshot_xmax(newest)
+       AND transaction_id < pg_snapshot_xmax(pg_current_snapshot())
+     ORDER BY transaction_id LIMIT 1)))::float8 AS age_s
+FROM outbox_topics
+LEFT JOIN outbox_relay_cursor AS stored
+    ON stored.topic = outbox_topics.topic AND relay_name = %(name)s,
+LATERAL (SELECT coalesce(published_snapshot, '3:3:') AS published,
+                coalesce(batch_snapshot, published_snapshot, '3:3:') AS newest) AS snapshots
+ORDER BY outbox_topics.topic
+"""
+
 # --- Retention -----------------------------------------------------------------------------------
 
 # Every partition of the outbox with its first and last row; the default one has no number. Asked of

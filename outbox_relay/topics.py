@@ -1,13 +1,17 @@
 """The topics that the relay writes: made with explicit settings, or checked against them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without a word
     AdminClient,
+    ConfigEntry,
     ConfigResource,
     NewTopic,
+    TopicMetadata,
 )
 
 REQUEST_TIMEOUT_S = 15.0
@@ -71,22 +75,67 @@ def make_or_check(
     factor = replication_factor or min(SAFE_REPLICATION_FACTOR, len(metadata.brokers))
     outcomes = []
     for spec in wanted_topics(cursor_topic):
-        config = {**spec.config, "min.insync.replicas": str(max(1, factor - 1))}
-        if spec.name not in metadata.topics and _make(admin, spec, config, factor):
+        if spec.name not in metadata.topics and _make(admin, spec, factor):
             outcomes.append(Outcome(spec.name, "made"))
             continue
-        differences = _differences(admin, spec, config, factor)
-        outcomes.append(Outcome(spec.name, "differs" if differences else "fine", differences))
+        topic = admin.list_topics(spec.name, timeout=REQUEST_TIMEOUT_S).topics[spec.name]
+        settings = request_settings(admin, [spec.name], REQUEST_TIMEOUT_S)[spec.name]()
+        found = differences(spec, factor, topic, settings)
+        outcomes.append(Outcome(spec.name, "differs" if found else "fine", found))
     return outcomes
 
 
-def _make(admin: AdminClient, spec: TopicSpec, config: Mapping[str, str], factor: int) -> bool:
+def request_settings(
+    admin: AdminClient, names: Iterable[str], timeout_s: float
+) -> dict[str, Callable[[], dict[str, str]]]:
+    """Ask for the settings of topics at once; each function returns one topic's, by name.
+
+    What the functions raise: KafkaException, also when Kafka doesn't answer within `timeout_s`.
+    """
+    resources = [ConfigResource(ConfigResource.Type.TOPIC, name) for name in names]
+    futures = admin.describe_configs(resources, request_timeout=timeout_s)
+    return {
+        resource.name: partial(_settings, future, timeout_s) for resource, future in futures.items()
+    }
+
+
+def _settings(future: Future[dict[str, ConfigEntry]], timeout_s: float) -> dict[str, str]:
+    # The client itself says when its time is over; twice as long only means that it is broken.
+    return {name: str(entry.value) for name, entry in future.result(2 * timeout_s).items()}
+
+
+def differences(
+    spec: TopicSpec, factor: int, topic: TopicMetadata, settings: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Return in what an existing topic is not as wanted, in words."""
+    found = {"partitions": str(len(topic.partitions)), **settings}
+    wanted = {"partitions": str(spec.partitions), **spec.config}
+    differs = [
+        f"{name} is {found[name]}, wanted {value}"
+        for name, value in wanted.items()
+        if found[name] != value
+    ]
+    replicas = min((len(part.replicas) for part in topic.partitions.values()), default=0)
+    if replicas < factor:
+        differs.append(f"replication factor is {replicas}, wanted {factor}")
+    # Too few lose events with a broker; as many as there are replicas stop with each broker.
+    in_sync, wanted_in_sync = int(settings["min.insync.replicas"]), _min_in_sync(factor)
+    if not wanted_in_sync <= in_sync < max(2, replicas):
+        differs.append(f"min.insync.replicas is {in_sync}, wanted {wanted_in_sync}")
+    return tuple(differs)
+
+
+def _min_in_sync(factor: int) -> int:
+    return max(1, factor - 1)
+
+
+def _make(admin: AdminClient, spec: TopicSpec, factor: int) -> bool:
     """Make the topic; return False when somebody else has just done so."""
     new = NewTopic(
         spec.name,
         num_partitions=spec.partitions,
         replication_factor=factor,
-        config=dict(config),
+        config={**spec.config, "min.insync.replicas": str(_min_in_sync(factor))},
     )
     future = admin.create_topics([new], operation_timeout=REQUEST_TIMEOUT_S)[spec.name]
     try:
@@ -96,23 +145,3 @@ def _make(admin: AdminClient, spec: TopicSpec, config: Mapping[str, str], factor
             return False
         raise
     return True
-
-
-def _differences(
-    admin: AdminClient, spec: TopicSpec, config: Mapping[str, str], factor: int
-) -> tuple[str, ...]:
-    topic = admin.list_topics(spec.name, timeout=REQUEST_TIMEOUT_S).topics[spec.name]
-    resource = ConfigResource(ConfigResource.Type.TOPIC, spec.name)
-    entries = admin.describe_configs([resource])[resource].result(REQUEST_TIMEOUT_S)
-    found = {"partitions": str(len(topic.partitions))}
-    wanted = {"partitions": str(spec.partitions), **config}
-    found |= {name: str(entries[name].value) for name in config}
-    replicas = min((len(part.replicas) for part in topic.partitions.values()), default=0)
-    differences = [
-        f"{name} is {found[name]}, wanted {value}"
-        for name, value in wanted.items()
-        if found[name] != value
-    ]
-    if replicas < factor:
-        differences.append(f"replication factor is {replicas}, wanted {factor}")
-    return tuple(differences)
