@@ -3,13 +3,15 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo up stack test check lint format lock wheel chaos clean
+.PHONY: help install demo up stack test check lint format lock wheel bench chaos clean
 
 PYTHON ?= python3
 BROKERS ?= 1
 DURATION_S ?= 600
 SEED ?= 1
 PORT ?= 8000
+PEERS ?= 0
+SIZE ?= standard
 BIN := .venv/bin
 RUN := $(BIN)/python -m
 INSTALLED := .venv/installed
@@ -63,6 +65,9 @@ lock: $(INSTALLED) ## compile the lock files again from pyproject.toml
 
 wheel: $(INSTALLED) ## build the wheel into dist/
 	@$(RUN) pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+bench: $(INSTALLED) ## measure the relay: PEERS=1 Debezium too, SIZE=quick, standard or full
+	@DEVSTACK_PARENT=$$PPID exec $(RUN) benchmarks --size $(SIZE) $(if $(filter 1,$(PEERS)),--peers)
 
 clean: ## remove what was made here, but keep the download cache
 	@rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""Java, Maven and Kafka's jars: found, installed or downloaded, once.
+"""Java, Maven and the jars of Kafka or of a pom: found, installed or downloaded, once.
 
 The jars are kept in the cache by version. A download goes to a folder beside its place, under a
 lock, and is renamed when it is whole: a killed one leaves nothing that looks like jars, and two
@@ -75,11 +75,28 @@ def java_and_jars(run_: Run, progress: Progress) -> tuple[Path, Path]:
             _install_packages(run_, progress)
         folder = _jars_folder()
         if not folder.is_dir():
-            _download_jars(folder, run_, progress)
+            _download_jars(POM, folder, run_, progress)
     java = _java()
     if not java:
         raise ConfigurationError(f"Kafka needs Java {OLDEST_JAVA} or newer; set JAVA_HOME to one")
     return java, folder
+
+
+def jars_of(pom: Path, name: str, run_: Run, progress: Progress) -> Path:
+    """The cache's folder `name` with the jars that a pom needs at run time; fetched when missing.
+
+    Raises:
+        ConfigurationError: Maven is missing.
+        DevstackError: the download failed; with the end of its output.
+        TimeoutError: it took longer than the limits above.
+    """
+    with locked(cache() / "lock", DOWNLOAD_TIMEOUT_S):
+        folder = cache() / name
+        if not folder.is_dir():
+            if not shutil.which("mvn"):
+                raise ConfigurationError(f"{name} needs Maven: install maven")
+            _download_jars(pom, folder, run_, progress)
+    return folder
 
 
 def _java() -> Path | None:
@@ -105,14 +122,13 @@ def _jars_folder() -> Path:
     return cache() / f"kafka-{kafka_version()}"
 
 
-def _download_jars(folder: Path, run_: Run, progress: Progress) -> None:
-    """Let Maven copy the broker's jars into a folder that gets its name when it is whole."""
-    version = kafka_version()
+def _download_jars(pom: Path, folder: Path, run_: Run, progress: Progress) -> None:
+    """Let Maven copy a pom's jars into a folder that gets its name when it is whole."""
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     maven = Process(
         [
-            "mvn", "-q", "-B", "-f", POM, f"-Dkafka.version={version}",
+            "mvn", "-q", "-B", "-f", pom, f"-Dkafka.version={kafka_version()}",
             "dependency:copy-dependencies", "-DincludeScope=runtime",
             f"-DoutputDirectory={unfinished}",
         ],

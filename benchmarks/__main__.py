@@ -1,0 +1,114 @@
+"""`python -m benchmarks [SECTIONS]`: measure, show and save. Exit codes as everywhere: 0, 1, 2.
+
+1 means that an event was lost, doubled or out of order, or that a contender failed. A figure that
+is not what we want is only told.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from benchmarks import charts, contenders, debezium, drain, idle, latency, report, writers
+from benchmarks.results import Results
+from benchmarks.surroundings import Surroundings, machine, surroundings
+from devstack.__main__ import INTERRUPTED, ending_well
+from devstack.processes import DevstackError
+from devstack.steps import Steps
+
+RESULTS = Path(__file__).with_name("results")
+SECTIONS = ("drain", "latency", "idle", "writers")
+# A terminal may be narrower; a file or a pipe gets whole lines.
+TABLE_COLUMNS = 140
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured: backlogs in rows, and how many seconds each rest takes."""
+
+    rows: tuple[int, ...]
+    latency_s: int
+    idle_s: int
+    writers_s: int
+
+
+SIZES = {
+    "quick": Size((10_000, 100_000), latency_s=15, idle_s=10, writers_s=5),
+    "standard": Size((10_000, 100_000, 1_000_000), latency_s=60, idle_s=30, writers_s=15),
+    "full": Size((10_000, 100_000, 1_000_000, 10_000_000), latency_s=60, idle_s=30, writers_s=30),
+}
+
+
+@click.command()
+@click.argument("sections", nargs=-1, type=click.Choice(SECTIONS))
+@click.option("--peers", is_flag=True, help="measure Debezium too (downloads it once)")
+@click.option("--size", type=click.Choice(list(SIZES)), default="standard", show_default=True)
+@click.option(
+    "--results",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=RESULTS,
+    help="where the result is kept",
+)
+def main(sections: tuple[str, ...], size: str, folder: Path, *, peers: bool) -> None:
+    """Measure the relay beside what else there is; all SECTIONS unless some are named."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{datetime.now(UTC):%Y-%m-%d-%H%M%S}-{size}"
+    results = Results(folder / f"{name}.json")
+    with ending_well(INTERRUPTED), Steps() as steps:
+        with surroundings(steps, peers=peers) as around:
+            results.machine = machine(around.stack)
+            results.settings = _settings(size, peers=peers)
+            for section in sections or SECTIONS:
+                _measure(section, around, results, SIZES[size], peers=peers)
+        steps.finish()
+        report.show(results, Console(width=None if sys.stdout.isatty() else TABLE_COLUMNS))
+        charts.draw(results, folder / name)
+        click.echo(f"{results.path}, charts beside it")
+        if results.faults():
+            raise DevstackError("the run has failed: see the lines with ✗")
+
+
+def _measure(
+    section: str, around: Surroundings, results: Results, size: Size, *, peers: bool
+) -> None:
+    """Measure a section; what breaks it as a whole is a figure too, and the next one begins."""
+    with results.tolerating({"section": section, "contender": "all"}):
+        if section == "drain":
+            drain.measure(around, results, size.rows, peers=peers)
+        elif section == "latency":
+            latency.measure(around, results, size.latency_s, peers=peers)
+        elif section == "idle":
+            idle.measure(around, results, size.idle_s)
+        else:
+            writers.measure(around, results, size.writers_s)
+
+
+def _settings(size: str, *, peers: bool) -> dict[str, object]:
+    """Return how everything was set that isn't the relay's default."""
+    found: dict[str, object] = {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "size": size,
+        **asdict(SIZES[size]),
+        "raw_producer": contenders.PRODUCER,
+        "raw_read_rows": contenders.READ_ROWS,
+        "polling_rows": contenders.POLLING_ROWS,
+        "latency_clients": latency.CLIENTS,
+        "writers_clients": writers.CLIENTS,
+    }
+    if peers:
+        found["debezium"] = {
+            "version": debezium.VERSION,
+            "java_options": debezium.JAVA_OPTIONS,
+            "connector": debezium.CONNECTOR,
+            "throughput": debezium.THROUGHPUT,
+            "low_latency": debezium.LOW_LATENCY,
+        }
+    return found
+
+
+if __name__ == "__main__":
+    main()

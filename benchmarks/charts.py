@@ -1,0 +1,140 @@
+"""Charts of a run as SVG, which need neither scripts nor fonts from elsewhere."""
+
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from pathlib import Path
+
+import pygal
+from pygal.style import Style
+
+from benchmarks.latency import RATES
+from benchmarks.results import Figure, Results, find
+
+COLORS = {
+    "at_least_once": "#1f6feb",
+    "exactly_once": "#0b3d91",
+    "debezium": "#d9822b",
+    "polling": "#8a8f98",
+    "raw-read": "#7fbf9b",
+    "raw-produce": "#3f8f68",
+}
+QUANTILES = ("p50_ms", "p99_ms")
+WIDTH, HEIGHT = 720, 340
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """Write the charts for which the run has figures; return their files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = [figure for figure in results.figures if not figure.get("error")]
+    charts = {
+        "drain": _drain(figures),
+        "cost-per-event": _cost(figures),
+        "latency": _latency(figures),
+    }
+    written = []
+    for name, chart in charts.items():
+        if chart is not None:
+            path = folder / f"{name}.svg"
+            path.write_text(_picture(chart, name), encoding="utf-8")
+            written.append(path)
+    return written
+
+
+def _picture(chart: pygal.Graph, name: str) -> str:
+    """Return a chart as a picture in a page: no scripts, the same file for the same figures."""
+    chart.uuid = name  # prefixes its styles; else a random one
+    root = chart.render_tree()
+    for parent in list(root.iter()):
+        for script in [child for child in parent if child.tag == "script"]:
+            parent.remove(script)
+    return ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _drain(figures: Sequence[Figure]) -> pygal.Graph | None:
+    """Events a second of the largest backlog that most have drained."""
+    drained = _drained(figures)
+    counts = {rows: sum(f["rows"] == rows for f in drained) for rows in _sizes(drained)}
+    if not counts:
+        return None
+    rows = max(counts, key=lambda size: (counts[size], size))
+    names = [name for name in COLORS if find(drained, rows=rows, contender=name)]
+    chart = _chart(pygal.HorizontalBar, names, f"Drain of {rows:,} rows, events per second")
+    for name in names:
+        found = find(drained, rows=rows, contender=name)
+        chart.add(_label(name), [found["events_per_s"] if found else None])
+    chart.value_formatter = lambda value: f"{value:,.0f}"
+    return chart
+
+
+def _cost(figures: Sequence[Figure]) -> pygal.Graph | None:
+    """Microseconds an event by the size of the backlog."""
+    drained = _drained(figures)
+    sizes = _sizes(drained)
+    if len(sizes) < 2:
+        return None
+    names = [name for name in COLORS if find(drained, contender=name)]
+    chart = _chart(pygal.Line, names, "Microseconds per event by rows in the backlog")
+    chart.x_labels = [f"{rows:,}" for rows in sizes]
+    for name in names:
+        found = [find(drained, rows=rows, contender=name) for rows in sizes]
+        chart.add(_label(name), [f["us_per_event"] if f else None for f in found])
+    chart.value_formatter = lambda value: f"{value:,.1f}"
+    return chart
+
+
+def _latency(figures: Sequence[Figure]) -> pygal.Graph | None:
+    """Median and 99th percentile at each rate."""
+    measured = [figure for figure in figures if figure["section"] == "latency"]
+    names = [name for name in COLORS if find(measured, contender=name)]
+    if not names:
+        return None
+    chart = _chart(pygal.Bar, names, "From the commit to the consumer, ms")
+    chart.x_labels = [f"{quantile[:3]} at {rate:,}/s" for rate in RATES for quantile in QUANTILES]
+    for name in names:
+        values = []
+        for rate in RATES:
+            found = find(measured, contender=name, rate=rate)
+            values += [found[quantile] if found else None for quantile in QUANTILES]
+        chart.add(_label(name), values)
+    chart.value_formatter = lambda value: f"{value:.1f}"
+    return chart
+
+
+def _drained(figures: Sequence[Figure]) -> list[Figure]:
+    return [f for f in figures if f["section"] == "drain" and not f["open_transaction"]]
+
+
+def _sizes(drained: Sequence[Figure]) -> list[int]:
+    return sorted({figure["rows"] for figure in drained})
+
+
+def _label(name: str) -> str:
+    return {"polling": "SKIP LOCKED polling", "debezium": "Debezium"}.get(
+        name, name.replace("_", " ")
+    )
+
+
+def _chart(kind: type[pygal.Graph], names: Sequence[str], title: str) -> pygal.Graph:
+    style = Style(
+        colors=[COLORS[name] for name in names],
+        background="white",
+        plot_background="white",
+        font_family="sans-serif",
+        title_font_size=15,
+        label_font_size=11,
+        major_label_font_size=11,
+        value_font_size=11,
+        legend_font_size=12,
+    )
+    return kind(
+        title=title,
+        style=style,
+        width=WIDTH,
+        height=HEIGHT,
+        js=[],
+        print_values=True,
+        print_values_position="top",
+        range_min=0,
+        include_x_axis=True,
+        legend_at_bottom=True,
+    )
