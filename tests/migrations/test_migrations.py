@@ -175,7 +175,8 @@ PARTITION = """
 SELECT array_agg((attname, format_type(atttypid, NULL), attnotnull, attstorage) ORDER BY attnum),
        (SELECT array_agg(replace(indexdef, relname, '') ORDER BY indexdef) FROM pg_indexes
         WHERE tablename = relname),
-       (SELECT array_agg(pg_get_constraintdef(oid) ORDER BY pg_get_constraintdef(oid)) FROM pg_constraint
+       (SELECT array_agg(pg_get_constraintdef(oid) ORDER BY pg_get_constraintdef(oid))
+        FROM pg_constraint
         WHERE conrelid = pg_class.oid),
        (SELECT array_agg((tgname, tgenabled)) FROM pg_trigger WHERE tgrelid = pg_class.oid)
 FROM pg_class JOIN pg_attribute ON attrelid = pg_class.oid AND attnum > 0
