@@ -350,10 +350,11 @@ ORDER BY outbox_topics.topic
 # --- Retention -----------------------------------------------------------------------------------
 
 # Every partition of the outbox with its first and last row; the default one has no number. Asked of
-# the parent, which the relay may read, by bounds that leave one partition to look into.
+# the parent, which the relay may read, by bounds that leave one partition to look into. One that
+# somebody drops meanwhile has no size.
 PARTITIONS = """
-SELECT p.number, pg_relation_size(relation) > 0 AS filled,
-       pg_total_relation_size(relation) AS size_bytes, last_value / 10000000000 AS in_use,
+SELECT p.number, coalesce(pg_relation_size(relation), 0) > 0 AS filled,
+       coalesce(pg_total_relation_size(relation), 0) AS size_bytes, last_value / 10000000000 AS in_use,
        coalesce(newest.id - oldest.id + 1, 0) AS ids,
        extract(epoch FROM clock_timestamp() - oldest.created_at)::float8 AS oldest_age_s,
        extract(epoch FROM clock_timestamp() - newest.created_at)::float8 AS newest_age_s
