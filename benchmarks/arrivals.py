@@ -23,6 +23,7 @@ ASK_AT_MOST_EVERY_S = 0.003
 REMAINING_SHARE = 0.2
 # Nothing more for so long: the end, if all is there (a transaction's markers count as offsets too).
 QUIET_S = 1.0
+STALLED_S = 30.0
 READ_TIMEOUT_S = 300.0
 READ_BATCH = 10_000
 READ_WAIT_S = 0.1
@@ -123,7 +124,7 @@ class Arrivals:
             The wall clock's time at which the last of them was there, and what `at_end` gave then.
 
         Raises:
-            TimeoutError: `timeout_s` were not enough.
+            TimeoutError: `timeout_s` were not enough, or nothing came for STALLED_S.
         """
         began = changed = time.monotonic()
         count, end = 0, None
@@ -135,8 +136,8 @@ class Arrivals:
                 end = (time.time(), at_end()) if count >= expected else None
             if end is not None and now - changed > QUIET_S:
                 return end
-            if now - began > timeout_s:
-                raise TimeoutError(f"{count} of {expected} events after {timeout_s:g} s")
+            if now - began > timeout_s or (end is None and now - changed > STALLED_S):
+                raise TimeoutError(f"{count} of {expected} events after {now - began:.0f} s")
             time.sleep(_pause_s(count, expected, now - began))
 
     def verify(self, expected: int) -> Verdict:

@@ -18,7 +18,7 @@ from benchmarks import contenders, events
 from benchmarks.debezium import THROUGHPUT, Connect, Connector, topic_of
 from benchmarks.events import Backlog
 from benchmarks.processes import cost, peak_memory_mib
-from benchmarks.results import Results
+from benchmarks.results import Results, find
 from benchmarks.surroundings import DELIVERIES, Surroundings, check_alive, says
 from devstack.processes import Process, succeed
 
@@ -48,15 +48,21 @@ class Contender:
 
 def measure(around: Surroundings, results: Results, sizes: tuple[int, ...], *, peers: bool) -> None:
     """Drain a backlog of each size by every contender, then one behind an open transaction."""
-    with _contenders(around, peers=peers) as all_of_them:
+    with _contenders(around, peers=peers) as known:
         with around.steps.step(f"warm-up of {WARM_UP_ROWS:,} rows"):
             backlog = events.write_backlog(around.owner_url, WARM_UP_ROWS)
-            for contender in all_of_them:
+            for contender in known:
                 results.attempt(
                     {"section": "warm-up", "contender": contender.name},
                     lambda c=contender: _drain(around, c, backlog),  # type: ignore[misc]
                 )
         results.sizes = events.describe(around.owner_url)
+        # One that can't even do that would only cost its time limit at every size.
+        all_of_them = [
+            found
+            for found in known
+            if find(results.figures, section="warm-up", contender=found.name)
+        ]
         for rows in sizes:
             _drain_by_all(around, results, all_of_them, rows)
         rows = min(OPEN_TRANSACTION_ROWS, max(sizes))
@@ -98,9 +104,12 @@ def _drain(around: Surroundings, contender: Contender, backlog: Backlog) -> dict
     with contender.runs(backlog) as process:
         groups["contender"] = process.pid
         began_s, before = time.time(), cost(groups)
-        end_s, after = arrivals.watch(
-            backlog.rows, timeout_s, check_alive(process), lambda: cost(groups)
-        )
+        try:
+            end_s, after = arrivals.watch(
+                backlog.rows, timeout_s, check_alive(process), lambda: cost(groups)
+            )
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}\n{process.log_tail()}") from None
         peak_mib = peak_memory_mib(process.pid)
     verdict = arrivals.verify(backlog.rows)
     used = after.since(before)

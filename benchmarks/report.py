@@ -62,7 +62,7 @@ def _drain(figures: Sequence[Figure]) -> Sheet:
         "µs/event": _number("us_per_event", 2),
         "CPU µs/event": _number("cpu_us_per_event", 2),
         "CPU s": _number("cpu_s", 2),
-        "Postgres CPU s": _number("postgres_cpu_s", 2),
+        "PG CPU s": _number("postgres_cpu_s", 2),
         "Kafka CPU s": _number("kafka_cpu_s", 2),
         "peak MiB": _number("peak_mib"),
         "first after s": _number("start_s", 2),
@@ -70,7 +70,7 @@ def _drain(figures: Sequence[Figure]) -> Sheet:
     }
 
     def name(figure: Figure) -> str:
-        behind = ", behind an open transaction" if figure.get("open_transaction") else ""
+        behind = " (open transaction)" if figure.get("open_transaction") else ""
         return f"{figure.get('rows', 0):,} {figure['contender']}{behind}"
 
     return _sheet(
