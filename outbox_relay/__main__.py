@@ -17,11 +17,23 @@ import psycopg
 import structlog
 from confluent_kafka import KafkaException
 
-from outbox_relay import __version__, leadership, logs, metrics, status, topics
+from outbox_relay import (
+    __version__,
+    doctor,
+    exactly_once,
+    leadership,
+    logs,
+    metrics,
+    producer,
+    quarantine,
+    status,
+    topics,
+)
 from outbox_relay.config import ConfigurationError, KafkaSettings, Settings, load
 from outbox_relay.leadership import RefusedError
-from outbox_relay.publisher import Publisher
+from outbox_relay.notify import Notifier
 from outbox_relay.relay import Relay
+from outbox_relay.retention import Retention
 from outbox_relay.stopping import Stop, StopOverdueError
 
 
@@ -36,12 +48,13 @@ def run() -> None:
     """Publish until stopped; one relay of a name leads, others stand by."""
     settings = load(Settings)
     try:  # a relay that stands by must not find out when it takes over
-        Publisher.check(settings.kafka_properties())
+        producer.check(settings.kafka_properties())
     except KafkaException as error:
         raise ConfigurationError(f"KAFKA_PROPERTIES_FILE: {error.args[0].str()}") from error
     logs.configure(settings.log_level)
     structlog.contextvars.bind_contextvars(relay=settings.outbox_relay_name)
-    relay = Relay(settings, Stop(), metrics.Metrics())
+    notifier = Notifier(settings.notify_socket, settings.watchdog_usec, settings.watchdog_pid)
+    relay = Relay(settings, Stop(), metrics.Metrics(), notifier)
     if settings.metrics_port:
         try:
             metrics.serve(relay.metrics, settings.metrics_host, settings.metrics_port)
@@ -53,7 +66,9 @@ def run() -> None:
     try:
         relay.run()
     except StopOverdueError:
-        structlog.get_logger().warning("stopped with work in flight; it will be published again")
+        structlog.get_logger().warning("stopped with work in flight; it will be read again")
+    finally:
+        notifier.stopping()
 
 
 @cli.command("topics")
@@ -76,9 +91,7 @@ def show_status(*, as_json: bool) -> None:
     """Show the leader, the lag and the cursor."""
     settings = load(Settings)
     with leadership.connect(settings.database_url) as connection:
-        found = status.status(
-            connection, settings.outbox_relay_name, settings.outbox_relay_delivery
-        )
+        found = status.status(connection, settings)
     _show(found, as_json=as_json)
 
 
@@ -89,18 +102,65 @@ def resume(from_id: int, *, apply: bool) -> None:
     """Accept this database's history after a restore or promotion and go on from a row."""
     settings = load(Settings)
     with leadership.connect(settings.database_url) as connection:
-        done = status.resume(
-            connection,
-            settings.outbox_relay_name,
-            settings.outbox_relay_delivery,
-            from_id,
-            apply=apply,
-        )
+        generation = exactly_once.newest_generation(settings, connection)
+        done = status.resume(connection, settings, generation, from_id, apply=apply)
     click.echo(
         f"{'done' if apply else 'would be done (nothing changed; --apply does it)'}:"
         f" publish {done['publishes_rows']} committed rows from id {from_id} on,"
         f" skip {done['skips_rows']} before it"
     )
+
+
+@cli.command("doctor")
+def examine() -> None:
+    """Examine what the relay stands on; say what is wrong and what to do about it."""
+    findings = doctor.examine_all(load(Settings))
+    click.echo(doctor.render(findings))
+    if doctor.failed(findings):
+        sys.exit(1)
+
+
+@cli.command()
+def prune() -> None:
+    """Let go of every partition of the outbox that is published and old enough."""
+    settings = load(Settings)
+    with leadership.connect(settings.database_url) as connection:
+        leadership.examine(connection)
+        for partition in Retention(settings.outbox_relay_retention_hours).prune(connection):
+            became = f"kept: {partition.kept}" if partition.kept else "dropped"
+            click.echo(
+                f"{partition.name}: about {partition.ids} rows,"
+                f" {partition.size_bytes / 2**20:.1f} MiB, {became}"
+            )
+
+
+@cli.group("quarantine")
+def quarantine_commands() -> None:
+    """Show and release events that Kafka has refused."""
+
+
+@quarantine_commands.command("list")
+def list_quarantined() -> None:
+    """Show what waits, the oldest first; of each key only the first can be released."""
+    settings = load(Settings)
+    with leadership.connect(settings.database_url) as connection:
+        for row in quarantine.listed(connection, settings.outbox_relay_name):
+            why = row["error"] or "waits behind an earlier event of its key"
+            released = " (released)" if row["released_at"] else ""
+            click.echo(
+                f"{row['id']} {row['topic']} key {row['key']} {row['bytes']} bytes"
+                f" since {row['quarantined_at']:%Y-%m-%dT%H:%M:%SZ}{released}: {why}"
+            )
+
+
+@quarantine_commands.command("release")
+@click.argument("event_id", type=click.IntRange(min=1), metavar="ID")
+def release_quarantined(event_id: int) -> None:
+    """Let the leader try event ID again, and then those that wait behind it."""
+    settings = load(Settings)
+    with leadership.connect(settings.database_url) as connection:
+        quarantine.release(connection, settings.outbox_relay_name, event_id)
+    click.echo(f"{event_id}: released; the leading relay tries it within about a second")
 
 
 def _show(found: dict[str, Any], *, as_json: bool) -> None:

@@ -30,7 +30,12 @@ ALIASES = {
     "delivery.timeout.ms": "message.timeout.ms",
 }
 REFUSED_PRODUCER_PROPERTIES = frozenset(
-    {"transactional.id", "bootstrap.servers", "delivery.report.only.error"}
+    {
+        "transactional.id",
+        "transaction.timeout.ms",
+        "bootstrap.servers",
+        "delivery.report.only.error",
+    }
 )
 
 
@@ -47,13 +52,6 @@ def _postgres_url(value: SecretStr) -> SecretStr:
         conninfo_to_dict(value.get_secret_value())
     except psycopg.ProgrammingError:  # its text would show the password
         raise ValueError from None
-    return value
-
-
-def _available(value: object) -> object:
-    # In this version; taking it for at_least_once would be a lie.
-    if value == "exactly_once":
-        raise ValueError
     return value
 
 
@@ -108,10 +106,16 @@ class Settings(KafkaSettings):
         Field(description="a PostgreSQL connection URL like postgresql://user@host:5432/database"),
     ]
     outbox_relay_delivery: Annotated[
-        Literal["at_least_once"],
-        BeforeValidator(_available),
-        Field(description="at_least_once (exactly_once is not available in this version)"),
-    ] = "at_least_once"
+        Literal["exactly_once", "at_least_once"],
+        Field(description="exactly_once or at_least_once"),
+    ] = "exactly_once"
+    # Of a killed relay's open transaction: so long it may hold back read_committed readers.
+    outbox_relay_transaction_timeout_ms: Annotated[
+        int, Field(ge=1_000, le=15_000, description="1000 to 15000 milliseconds")
+    ] = 10_000
+    outbox_relay_retention_hours: Annotated[
+        float, Field(ge=0, le=24 * 366, description="0 to 8784 hours")
+    ] = 72
     metrics_port: Annotated[
         int, Field(ge=0, le=65_535, description="a port from 1 to 65535, or 0 for none")
     ] = 0
@@ -124,8 +128,13 @@ class Settings(KafkaSettings):
     ] = 8 * 2**20
     # Well below the idle_session_timeout of sql.SESSION_OPTIONS.
     outbox_relay_poll_interval_ms: Annotated[
-        int, Field(ge=1, le=5_000, description="1 to 5000 milliseconds")
-    ] = 15
+        int, Field(ge=1, le=2_000, description="1 to 2000 milliseconds")
+    ] = 20
+
+    # Set by systemd.
+    notify_socket: Annotated[str, Field(description="a socket's path, or @name")] = ""
+    watchdog_usec: Annotated[int, Field(ge=0, description="microseconds")] = 0
+    watchdog_pid: Annotated[int, Field(ge=0, description="a process id")] = 0
 
     @property
     def database_url(self) -> str:

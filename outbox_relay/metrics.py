@@ -37,8 +37,8 @@ class Metrics:
             "quarantined", "Events that wait for `outbox-relay quarantine release`.", "topic"
         )
         self._partitions = self._gauge("outbox_partitions", "Partitions of the outbox.")
-        self._default_rows = self._gauge(
-            "outbox_default_rows", "Rows beyond all ranges, which block retention; to be 0."
+        self._default_filled = self._gauge(
+            "outbox_default_filled", "1 while rows are beyond all partitions; to be 0."
         )
         self._published = Counter(
             "outbox_relay_published_events",
@@ -93,10 +93,10 @@ class Metrics:
         """Note how many events of a topic are in quarantine."""
         self._quarantined.labels(topic).set(events)
 
-    def retention(self, partitions: int, default_rows: int) -> None:
-        """Note of how many partitions the outbox is, and how many rows are in the default one."""
+    def retention(self, partitions: int, default_filled: bool) -> None:  # noqa: FBT001 - see above
+        """Note of how many partitions the outbox is, and whether the default one has rows."""
         self._partitions.set(partitions)
-        self._default_rows.set(default_rows)
+        self._default_filled.set(default_filled)
 
     def progressed(self, lane: str) -> None:
         """Note that a lane has come round; the first time makes it count for `healthy`."""

@@ -10,7 +10,7 @@ A batch that fits into one chunk comes from a single statement, whose own snapsh
 one fixes C first and is then walked by id, so that a restart in its middle reads the same rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -38,15 +38,19 @@ class Position:
 
     def unpublished(self) -> dict[str, object]:
         """Return by which transactions an index finds what `published_snapshot` has not seen."""
-        _, xmax, in_progress = self.published_snapshot.split(":")
-        return {"xmax": xmax, "in_progress": in_progress.split(",") if in_progress else []}
+        return unseen_by(self.published_snapshot)
+
+
+def unseen_by(snapshot: str) -> dict[str, object]:
+    """Return the bounds of the transactions that a snapshot (as text) has not seen."""
+    _, xmax, in_progress = snapshot.split(":")
+    return {"xmax": xmax, "in_progress": in_progress.split(",") if in_progress else []}
 
 
 class Row(NamedTuple):
-    """One event of the outbox. `payload` is the value byte for byte, `headers` a JSON object."""
+    """One event of a topic. `payload` is the value byte for byte, `headers` a JSON object."""
 
     id: int
-    topic: str
     key: str
     payload: bytes
     headers: str
@@ -56,70 +60,83 @@ class Row(NamedTuple):
 class Chunk:
     """Rows to publish, in order, and the position once all of them are acknowledged.
 
-    `batch` is a position within the chunk's batch, for when only a part of it is.
+    `oldest_age_s` is how long ago the first of them was written, when that is known.
     """
 
     rows: Sequence[Row]
     position: Position
-    batch: Position
+    oldest_age_s: float = 0.0
 
-    def position_after(self, rows: int) -> Position:
-        """Return the position when only the first `rows` rows (at least one) are acknowledged."""
-        if rows == len(self.rows):
-            return self.position
-        return replace(self.batch, batch_last_id=self.rows[rows - 1].id)
+    @property
+    def more(self) -> bool:
+        """Whether its batch goes on behind it."""
+        return self.position.batch_snapshot is not None
 
 
 def read(
-    connection: psycopg.Connection, position: Position, *, max_rows: int, max_bytes: int
+    connection: psycopg.Connection, position: Position, topic: str, *, max_rows: int, max_bytes: int
 ) -> Chunk:
-    """Return the next rows behind `position`: none when there is nothing new.
+    """Return the next rows of `topic` behind `position`: none when there is nothing new.
 
     A chunk has at most `max_rows` rows, and not more than one row beyond `max_bytes` of payload.
     An empty chunk may still move the position (the end of a big batch): read again from there.
     The WAL that the chunk's position stands on is on disk when this returns.
     """
+    limits = {"topic": topic, "max_rows": max_rows, "max_bytes": max_bytes}
     if position.batch_snapshot is not None:
-        return _read_big_batch(connection, position, max_rows=max_rows, max_bytes=max_bytes)
-    chunk = _read_fresh(connection, position, max_rows=max_rows, max_bytes=max_bytes)
+        return _read_big_batch(connection, position, limits)
+    chunk = _read_fresh(connection, position, limits)
     if chunk is None:
-        position = _begin_big_batch(connection, position)
-        return _read_big_batch(connection, position, max_rows=max_rows, max_bytes=max_bytes)
+        return _read_big_batch(connection, _begin_big_batch(connection, position, topic), limits)
     return chunk
 
 
+def skip_other_topics(connection: psycopg.Connection, position: Position, topic: str) -> Position:
+    """Return a newer position when other topics have rows behind `position` and `topic` has none.
+
+    Else the transactions to look through, and the partitions of the outbox that this position
+    keeps, would grow for as long as `topic` has no event.
+    """
+    if position.batch_snapshot is not None:
+        return position
+    found = connection.execute(
+        sql.SKIP_OTHER_TOPICS, {**position.unpublished(), "topic": topic}, prepare=True
+    ).fetchone()
+    if found is None:
+        return position
+    _flush_wal(connection, found[1])
+    return Position(published_snapshot=found[0], wal_lsn=found[1])
+
+
 def _read_fresh(
-    connection: psycopg.Connection, position: Position, *, max_rows: int, max_bytes: int
+    connection: psycopg.Connection, position: Position, limits: Mapping[str, object]
 ) -> Chunk | None:
     """Return a whole small batch, or its first bytes; None when it has more than `max_rows`."""
     found = connection.execute(
-        sql.READ_FRESH,
-        {**position.unpublished(), "max_rows": max_rows, "max_bytes": max_bytes},
-        prepare=True,
-        binary=True,
+        sql.READ_FRESH, {**position.unpublished(), **limits}, prepare=True, binary=True
     ).fetchall()
     if not found:
-        return Chunk(rows=(), position=position, batch=position)
-    *_, snapshot, wal_lsn, batch_rows = found[0]
-    if batch_rows > max_rows:
+        return Chunk(rows=(), position=position)
+    # The first row alone carries what is true of the whole batch.
+    *_, snapshot, wal_lsn, batch_rows, age_s = found[0]
+    if batch_rows > limits["max_rows"]:
         return None
-    _flush_wal(connection, wal_lsn)
-    rows = [Row(*columns[:5]) for columns in found]
-    batch = replace(position, batch_snapshot=snapshot, batch_last_id=rows[-1].id, wal_lsn=wal_lsn)
+    rows = [Row(*columns[:4]) for columns in found]
     if len(rows) == batch_rows:
-        return Chunk(rows, Position(published_snapshot=snapshot, wal_lsn=wal_lsn), batch)
+        return Chunk(rows, Position(published_snapshot=snapshot, wal_lsn=wal_lsn), age_s)
     # Cut by bytes: the rest of the same batch comes by id.
-    return Chunk(rows, batch, batch)
+    batch = replace(position, batch_snapshot=snapshot, batch_last_id=rows[-1].id, wal_lsn=wal_lsn)
+    return Chunk(rows, batch, age_s)
 
 
-def _begin_big_batch(connection: psycopg.Connection, position: Position) -> Position:
+def _begin_big_batch(connection: psycopg.Connection, position: Position, topic: str) -> Position:
     # A relay's first batch is the whole table: no need to visit all of it to know where it begins.
     statement = (
         sql.BEGIN_WHOLE_OUTBOX
         if position.published_snapshot == EMPTY_SNAPSHOT
         else sql.BEGIN_BIG_BATCH
     )
-    found = connection.execute(statement, position.unpublished()).fetchone()
+    found = connection.execute(statement, {**position.unpublished(), "topic": topic}).fetchone()
     assert found is not None, "an aggregate returns one row"  # noqa: S101
     snapshot, wal_lsn, first_id = found
     _flush_wal(connection, wal_lsn)
@@ -132,27 +149,24 @@ def _begin_big_batch(connection: psycopg.Connection, position: Position) -> Posi
 
 
 def _read_big_batch(
-    connection: psycopg.Connection, position: Position, *, max_rows: int, max_bytes: int
+    connection: psycopg.Connection, position: Position, limits: Mapping[str, object]
 ) -> Chunk:
     found = connection.execute(
         sql.READ_BIG_BATCH,
         {
+            **limits,
             "after_id": position.batch_last_id,
             "published_snapshot": position.published_snapshot,
             "batch_snapshot": position.batch_snapshot,
-            "max_rows": max_rows,
-            "max_bytes": max_bytes,
         },
         prepare=True,
         binary=True,
     ).fetchall()
     if not found:
         assert position.batch_snapshot is not None, "a big batch has its snapshot"  # noqa: S101
-        done = Position(published_snapshot=position.batch_snapshot, wal_lsn=position.wal_lsn)
-        return Chunk(rows=(), position=done, batch=position)
-    rows = [Row(*columns) for columns in found]
-    batch = replace(position, batch_last_id=rows[-1].id)
-    return Chunk(rows, batch, batch)
+        return Chunk((), Position(position.batch_snapshot, position.wal_lsn))
+    rows = [Row(*columns[:4]) for columns in found]
+    return Chunk(rows, replace(position, batch_last_id=rows[-1].id), found[0][4])
 
 
 def _flush_wal(connection: psycopg.Connection, wal_lsn: str) -> None:

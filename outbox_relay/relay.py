@@ -1,30 +1,48 @@
-"""The relay's loop: read what is new, publish it, move the cursor.
+"""The relay's main thread: lead, or stand by; while leading, keep a lane for each topic.
 
-At least once: a row's cursor moves only when Kafka has acknowledged the row and all before it, so
-whatever is killed, the next term starts at or before the first unacknowledged row. Nothing is
-remembered across connections, because a crashed Postgres may have taken back what memory knows.
+The leadership is a lock on this thread's own connection, which is used all the time: it asks for
+news on behalf of the lanes that sleep. A process that is stopped or cut off loses the connection,
+and with it the lock, within seconds; what it then still tries is refused by Kafka's fencing or by
+the cursor's compare-and-swap.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import psycopg
 import structlog
-from confluent_kafka import KafkaError
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
 
-from outbox_relay import leadership, reader
+from outbox_relay import leadership, sql
 from outbox_relay.config import Settings
-from outbox_relay.leadership import LostLeadershipError, Term
+from outbox_relay.cursor import LostLeadershipError
+from outbox_relay.housekeeping import Housekeeping
+from outbox_relay.lane import Lane
+from outbox_relay.leadership import Term
 from outbox_relay.metrics import Metrics
-from outbox_relay.publisher import Publisher, PublishError
-from outbox_relay.reader import Chunk
+from outbox_relay.news import News
+from outbox_relay.notify import Notifier
+from outbox_relay.outages import Outage
 from outbox_relay.stopping import Stop
 
 STANDBY_INTERVAL_S = 0.5
-BACKOFF_FIRST_S = 0.1
-BACKOFF_MAX_S = 5.0
+# Lanes are looked after so often.
+ROUND_INTERVAL_S = 1.0
+# Who can't reach Kafka for so long lets another relay try, which may be better connected.
+KAFKA_AWAY_S = 5.0
+KAFKA_PROBE_TIMEOUT_S = 2.0
+# Longer than a standby's interval: the one that gave up shall not be the next.
+STEP_DOWN_S = 2.0
+LANES_END_WITHIN_S = 15.0
 
 log = structlog.get_logger()
+
+
+class KafkaAwayError(Exception):
+    """This process can't reach Kafka."""
 
 
 @dataclass(slots=True)
@@ -34,144 +52,143 @@ class Relay:
     settings: Settings
     stop: Stop
     metrics: Metrics
-    # Behind a refused record one row at a time, else each attempt would repeat all the others.
-    _chunk_rows: int = field(init=False, default=1)
+    notifier: Notifier
+    _outages: dict[str, Outage] = field(init=False, default_factory=dict)
 
     def run(self) -> None:
-        """Serve terms until stopped; outages are waited for, in this place alone.
+        """Serve terms until stopped; what ends a term is waited for here.
 
         Raises:
             RefusedError: going on by itself could lose or double events.
         """
-        outage = _Outage()
-        self._chunk_rows = self.settings.outbox_relay_chunk_max_rows
+        outage = Outage()
+        # Before Postgres has answered: an outage is waited for here, not by those behind us.
+        self.notifier.ready()
         while not self.stop.requested:
             try:
                 self._serve_term(outage)
-            except (psycopg.Error, PublishError, LostLeadershipError) as error:
-                self.metrics.failed(error)
-                outage.tell(error)
+            except (psycopg.Error, LostLeadershipError) as error:
+                self._failed(error, outage)
                 self.stop.wait(outage.backoff_s)
-            finally:
-                self.metrics.leader.set(0)
+            except KafkaAwayError as error:
+                self._failed(error, outage)
+                self.stop.wait(STEP_DOWN_S)
 
-    def _serve_term(self, outage: "_Outage") -> None:
+    def _progressed(self, state: str) -> None:
+        """Note that this thread has come round; systemd hears of it when every lane has, too."""
+        self.metrics.progressed("main")
+        self.notifier.status(state)
+        if self.metrics.healthy():
+            self.notifier.progressed()
+
+    def _failed(self, error: Exception, outage: Outage) -> None:
+        self.metrics.retried(type(error).__name__, "")
+        outage.tell(error)
+        self.metrics.progressed("main")  # waiting for Postgres is what we are to do then
+        self.notifier.status(f"waiting: {error}")
+        self.notifier.progressed()
+
+    def _serve_term(self, outage: Outage) -> None:
         """Lead until stopped or until something fails."""
-        settings = self.settings
-        with leadership.connect(settings.database_url) as connection:
+        with leadership.connect(self.settings.database_url) as connection:
             leadership.examine(connection)
             if not self._wait_for_leadership(connection, outage):
                 return
-            term = Term.begin(
-                connection, settings.outbox_relay_name, settings.outbox_relay_delivery
-            )
-            self.metrics.leader.set(1)
-            if not outage.ongoing:
-                log.info("leading", position=term.position.published_snapshot)
-            brokers = _BrokerReports()
-            with Publisher(settings.kafka_properties(), brokers.report) as publisher:
-                while not self.stop.requested:
-                    chunk = self._read(connection, term)
-                    outage.end_of(psycopg.Error, LostLeadershipError)
-                    if chunk.position == term.position:
-                        publisher.poll()
-                        self.stop.wait(settings.outbox_relay_poll_interval_ms / 1000)
-                        continue
-                    self._publish(chunk, term, publisher)
-                    outage.end_of(Exception)
-                    brokers.recovered()
-            log.info("stopped leading", position=term.position.published_snapshot)
+            term = leadership.begin_term(connection, self.settings.outbox_relay_name)
+            log.info("leading", term=term.epoch)
+            self.metrics.leading(True)
+            housekeeping = Housekeeping(self.settings, self.metrics)
+            housekeeping.start()
+            try:
+                with self._lanes(term) as lanes:
+                    self._lead(connection, term, lanes, outage)
+            finally:
+                housekeeping.stop()
+                self.metrics.leading(False)
+                log.info("stopped leading", term=term.epoch)
 
-    def _read(self, connection: psycopg.Connection, term: Term) -> Chunk:
-        self.metrics.progressed()
-        return reader.read(
-            connection,
-            term.position,
-            max_rows=self._chunk_rows,
-            max_bytes=self.settings.outbox_relay_chunk_max_bytes,
-        )
+    def _lead(
+        self,
+        connection: psycopg.Connection,
+        term: Term,
+        lanes: dict[str, Lane],
+        outage: Outage,
+    ) -> None:
+        news = News(connection)
+        next_round_s = 0.0
+        while not self.stop.requested:
+            if time.monotonic() >= next_round_s:
+                self._open_lanes(connection, term, lanes)
+                self._refuse_to_hold_up(lanes)
+                outage.end_of(psycopg.Error, LostLeadershipError)
+                if not any(lane.outage.ongoing for lane in lanes.values()):
+                    outage.end_of(KafkaAwayError)
+                next_round_s = time.monotonic() + ROUND_INTERVAL_S
+            for lane in lanes.values():
+                if lane.failure is not None:
+                    raise lane.failure
+            for topic in news.of([name for name, lane in lanes.items() if lane.asleep]):
+                lanes[topic].news.set()
+            self._progressed("leading")
+            self.stop.wait(self.settings.outbox_relay_poll_interval_ms / 1000)
 
-    def _publish(self, chunk: Chunk, term: Term, publisher: Publisher) -> None:
-        """Publish a chunk and move the cursor behind what Kafka has of it."""
-
-        def keep_leading() -> None:
-            term.hold()
-            self.metrics.progressed()
-
+    @contextmanager
+    def _lanes(self, term: Term) -> Iterator[dict[str, Lane]]:
+        """Give a place for lanes; whatever happens, they have ended behind it."""
+        lanes: dict[str, Lane] = {}
         try:
-            publisher.publish(chunk.rows, keep_leading)
-        except PublishError as error:
-            self._chunk_rows = 1
-            if error.acknowledged_rows:
-                position = chunk.position_after(error.acknowledged_rows)
-                term.advance(position, rows=error.acknowledged_rows)
+            yield lanes
+        except BaseException:
+            for lane in lanes.values():  # what is in flight must not wait for a lost connection
+                lane.stop(within_s=0)
             raise
-        term.advance(chunk.position, rows=len(chunk.rows))
-        self._chunk_rows = min(2 * self._chunk_rows, self.settings.outbox_relay_chunk_max_rows)
-        self.metrics.published(len(chunk.rows))
+        finally:
+            for lane in lanes.values():
+                lane.stop()
+            deadline_s = time.monotonic() + LANES_END_WITHIN_S
+            for lane in lanes.values():
+                lane.join(max(0.0, deadline_s - time.monotonic()))
+                if lane.is_alive():
+                    log.error("a lane does not end", topic=lane.topic, term=term.epoch)
+        for lane in lanes.values():
+            if lane.failure is not None:
+                raise lane.failure
 
-    def _wait_for_leadership(self, connection: psycopg.Connection, outage: "_Outage") -> bool:
+    def _open_lanes(
+        self, connection: psycopg.Connection, term: Term, lanes: dict[str, Lane]
+    ) -> None:
+        """Start lanes for topics that have none yet: an outbox may get more of them."""
+        for (topic,) in connection.execute(sql.TOPICS):
+            if topic not in lanes:
+                outage = self._outages.setdefault(topic, Outage(topic=topic))
+                lanes[topic] = Lane(self.settings, term, topic, self.metrics, outage)
+                lanes[topic].start()
+
+    def _refuse_to_hold_up(self, lanes: dict[str, Lane]) -> None:
+        """Give up leading when it is we who can't reach Kafka.
+
+        Raises:
+            KafkaAwayError: no broker has answered us.
+        """
+        if all(lane.outage.lasted_s < KAFKA_AWAY_S for lane in lanes.values()):
+            return
+        admin = AdminClient({**self.settings.kafka_properties(), "log_level": 0})
+        try:
+            admin.list_topics(timeout=KAFKA_PROBE_TIMEOUT_S)
+        except KafkaException as error:
+            raise KafkaAwayError(f"no broker has answered: {error.args[0].str()}") from error
+
+    def _wait_for_leadership(self, connection: psycopg.Connection, outage: Outage) -> bool:
         """Return True as the leader, False when stopped while standing by."""
         said = False
         while not leadership.try_lock(connection, self.settings.outbox_relay_name):
-            outage.end_of(psycopg.Error, LostLeadershipError)
+            outage.end_of(Exception)
             if not said:
                 log.info("standing by", reason="another relay of this name leads")
                 said = True
-            self.metrics.progressed()
+            self.metrics.standing_by(True)
+            self._progressed("standing by")
             if self.stop.wait(STANDBY_INTERVAL_S):
                 return False
+        self.metrics.standing_by(False)
         return True
-
-
-class _Outage:
-    """Says once that something fails, and once that it is over; the backoff is bounded."""
-
-    def __init__(self) -> None:
-        # The kind, not the error: its traceback would keep the last term's producer alive.
-        self._kind: type[Exception] | None = None
-        self._since = 0.0
-        self.backoff_s = 0.0
-
-    def tell(self, error: Exception) -> None:
-        """Note a failure; it is logged when it is of another kind than the last one."""
-        self.backoff_s = min(max(self.backoff_s * 2, BACKOFF_FIRST_S), BACKOFF_MAX_S)
-        if self._kind is None:
-            self._since = time.monotonic()
-        if self._kind is not type(error):
-            log.warning("waiting", reason=type(error).__name__, error=str(error).strip())
-        self._kind = type(error)
-
-    def end_of(self, *kinds: type[Exception]) -> None:
-        """Note that what failed in one of these ways works again."""
-        if self._kind is not None and issubclass(self._kind, kinds):
-            log.info("recovered", after_s=round(time.monotonic() - self._since, 1))
-            self._kind = None
-            self.backoff_s = 0.0
-
-    @property
-    def ongoing(self) -> bool:
-        """Whether something fails at present."""
-        return self._kind is not None
-
-
-class _BrokerReports:
-    """Logs Kafka's outage once, and its end; the client repeats its reports for ever."""
-
-    # One broker's lost connection is librdkafka's everyday business.
-    EVERYDAY = frozenset({KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._RESOLVE})  # noqa: SLF001
-
-    def __init__(self) -> None:
-        self._said: set[str] = set()
-
-    def report(self, error: KafkaError) -> None:
-        """Take a report of the producer (its `error_cb`)."""
-        if error.code() not in self.EVERYDAY and error.name() not in self._said:
-            self._said.add(error.name())
-            log.warning("kafka fails", reason=error.name(), error=error.str())
-
-    def recovered(self) -> None:
-        """Note that Kafka has acknowledged everything."""
-        if self._said:
-            log.info("kafka works again", reasons=sorted(self._said))
-            self._said.clear()

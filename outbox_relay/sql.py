@@ -9,8 +9,8 @@ Snapshots travel as text, transaction ids as decimal text: Postgres' own types d
 # that a third of the table is new; `local` is enough to know that our own server won't take a row
 # back.
 SESSION_OPTIONS = (
-    "-c idle_session_timeout=10s"
-    " -c idle_in_transaction_session_timeout=10s"
+    "-c idle_session_timeout=5s"
+    " -c idle_in_transaction_session_timeout=5s"
     " -c statement_timeout=120s"
     " -c lock_timeout=5s"
     " -c tcp_user_timeout=10s"
@@ -54,45 +54,87 @@ WHERE locktype = 'advisory' AND objsubid = 1 AND granted
   AND (classid::bigint << 32 | objid::bigint) = wanted.key
 """
 
-LOAD_CURSOR = """
-SELECT delivery, leader_epoch, leader, published_snapshot::text, batch_snapshot::text,
-       batch_last_id, system_identifier, database_oid::bigint, timeline, wal_lsn::text,
-       published_rows, updated_at,
-       wal_lsn > pg_current_wal_insert_lsn()
-           OR pg_snapshot_xmax(coalesce(batch_snapshot, published_snapshot))
-               > pg_snapshot_xmax(pg_current_snapshot()) AS server_is_behind
-FROM outbox_relay_cursor WHERE relay_name = %(name)s
-"""
+TOPICS = "SELECT topic FROM outbox_topics ORDER BY topic"
 
-CREATE_CURSOR = """
-INSERT INTO outbox_relay_cursor (relay_name, delivery, leader_epoch, leader, published_snapshot,
-    system_identifier, database_oid, timeline, wal_lsn)
-VALUES (%(name)s, %(delivery)s, 1, '', %(published_snapshot)s::pg_snapshot,
-    %(system_identifier)s, %(database_oid)s, %(timeline)s, %(wal_lsn)s::pg_lsn)
-ON CONFLICT (relay_name) DO NOTHING
-"""
-
+# Every topic's row gets the term's number: whoever led before can't move any of them.
 BEGIN_TERM = """
 UPDATE outbox_relay_cursor
-SET leader_epoch = leader_epoch + 1, leader = %(leader)s, delivery = %(delivery)s,
-    updated_at = clock_timestamp()
-WHERE relay_name = %(name)s AND leader_epoch = %(epoch)s
+SET leader = %(leader)s, leader_epoch = 1 + (
+    SELECT max(leader_epoch) FROM outbox_relay_cursor WHERE relay_name = %(name)s)
+WHERE relay_name = %(name)s
 RETURNING leader_epoch
 """
 
-# Compare-and-swap: a leader that lost its lock without noticing changes nothing.
-ADVANCE_CURSOR = """
+CREATE_CURSOR = """
+INSERT INTO outbox_relay_cursor (relay_name, topic, delivery, leader_epoch, leader,
+    published_snapshot, system_identifier, database_oid, timeline, wal_lsn)
+VALUES (%(name)s, %(topic)s, %(delivery)s, %(epoch)s, %(leader)s,
+    %(published_snapshot)s::pg_snapshot, %(system_identifier)s, %(database_oid)s, %(timeline)s,
+    %(wal_lsn)s::pg_lsn)
+ON CONFLICT (relay_name, topic) DO NOTHING
+"""
+
+LOAD_CURSORS = """
+SELECT topic, delivery, leader_epoch, leader, generation, sequence, published_snapshot::text,
+       batch_snapshot::text, batch_last_id, system_identifier,
+       database_oid::bigint AS database_oid, timeline, wal_lsn::text, kafka_cluster_id,
+       published_rows, updated_at
+FROM outbox_relay_cursor
+WHERE relay_name = %(name)s AND topic = coalesce(%(topic)s::text, topic)
+ORDER BY topic
+"""
+
+# Compare-and-swap: a leader that lost its lock without noticing changes nothing. Where it needn't
+# survive a crash (an older cursor repeats events, which at_least_once may do) nobody waits for the
+# disk: set_config() is local to this statement's own transaction.
+SAVE_CURSOR = """
 UPDATE outbox_relay_cursor
-SET published_snapshot = %(published_snapshot)s::pg_snapshot,
+SET delivery = %(delivery)s,
+    generation = %(generation)s,
+    sequence = %(sequence)s,
+    published_snapshot = %(published_snapshot)s::pg_snapshot,
     batch_snapshot = %(batch_snapshot)s::pg_snapshot,
     batch_last_id = %(batch_last_id)s,
+    system_identifier = %(system_identifier)s,
+    database_oid = %(database_oid)s,
+    timeline = %(timeline)s,
     wal_lsn = %(wal_lsn)s::pg_lsn,
-    published_rows = published_rows + %(rows)s,
+    kafka_cluster_id = %(kafka_cluster_id)s,
+    published_rows = %(published_rows)s,
     updated_at = clock_timestamp()
-WHERE relay_name = %(name)s AND leader_epoch = %(epoch)s
-  AND published_snapshot::text = %(old_published_snapshot)s
-  AND batch_snapshot::text IS NOT DISTINCT FROM %(old_batch_snapshot)s
-  AND batch_last_id IS NOT DISTINCT FROM %(old_batch_last_id)s
+FROM (SELECT set_config('synchronous_commit', %(synchronous_commit)s, true)) AS this_transaction
+WHERE relay_name = %(name)s AND topic = %(topic)s AND leader_epoch = %(epoch)s
+  AND (generation, sequence) = (%(old_generation)s, %(old_sequence)s)
+"""
+
+# Whether this server has not come as far as a cursor: it was restored, or lost its end.
+IS_BEHIND = """
+SELECT %(wal_lsn)s::pg_lsn > pg_current_wal_insert_lsn()
+    OR pg_snapshot_xmax(%(snapshot)s::pg_snapshot) > pg_snapshot_xmax(pg_current_snapshot())
+"""
+
+# Where each earlier timeline was left; NULL where the relay's role may not read it.
+TIMELINE_HISTORY = """
+SELECT CASE WHEN has_function_privilege('pg_read_file(text)', 'execute')
+            THEN pg_read_file('pg_wal/' || %(timeline)s || '.history') END
+"""
+
+SNAPSHOT = "SELECT pg_current_snapshot()::text"
+
+# Which of the topics have rows that a snapshot has not seen: asked while lanes have nothing to do.
+NEWS = """
+WITH snapshot AS MATERIALIZED (SELECT pg_current_snapshot() AS current)
+SELECT DISTINCT topic, current::text
+FROM snapshot, LATERAL (
+    SELECT topic FROM (
+        SELECT topic FROM outbox
+        WHERE transaction_id >= $1::xid8 AND transaction_id < pg_snapshot_xmax(current)
+          AND topic = ANY ($3::text[])
+        UNION ALL
+        SELECT topic FROM outbox
+        WHERE transaction_id = ANY ($2::xid8[]) AND topic = ANY ($3::text[])
+    ) AS unseen LIMIT 1000
+) AS bounded
 """
 
 # --- Reading by snapshot difference ------------------------------------------------------------
@@ -101,19 +143,23 @@ WHERE relay_name = %(name)s AND leader_epoch = %(epoch)s
 # Not visible in a snapshot = its xmax or later, or in progress in it, so an index on
 # transaction_id finds the rows, however far back their ids lie. The upper bound is for rows of a
 # restored dump, whose ids lie in this server's future: they would be new in every batch for ever.
-# MATERIALIZED and UNION ALL keep
-# the planner from walking the primary key instead (ORDER BY id LIMIT n tempts it: 120 ms for 0.03).
-# pg_column_size() does not read a value stored out of line, so the bound in bytes costs nothing.
+# MATERIALIZED and UNION ALL keep the planner from walking the primary key instead (ORDER BY id
+# LIMIT n tempts it: 120 ms for 0.03). pg_column_size() does not read a value stored out of line, so
+# the bound in bytes costs nothing.
+# A crash of Postgres hands out again the transaction ids whose records had not reached the disk;
+# a cursor made of this snapshot would then hide new rows. So the statement, where it has rows,
+# becomes a transaction of its own with something to commit, which takes all before it to the disk.
 READ_FRESH = """
 WITH fresh AS MATERIALIZED (
     (
-        SELECT id, topic, key, payload, headers
+        SELECT id, key, payload, headers, created_at
         FROM outbox
         WHERE transaction_id >= %(xmax)s::xid8
           AND transaction_id < pg_snapshot_xmax(pg_current_snapshot())
+          AND topic = %(topic)s
         UNION ALL
-        SELECT id, topic, key, payload, headers
-        FROM outbox WHERE transaction_id = ANY (%(in_progress)s::xid8[])
+        SELECT id, key, payload, headers, created_at
+        FROM outbox WHERE transaction_id = ANY (%(in_progress)s::xid8[]) AND topic = %(topic)s
     )
     LIMIT %(max_rows)s + 1
 ), measured AS (
@@ -121,11 +167,18 @@ WITH fresh AS MATERIALIZED (
         sum(pg_column_size(payload) + pg_column_size(headers) + pg_column_size(key)) OVER (
             ORDER BY id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS bytes_before
     FROM fresh
+), once AS MATERIALIZED (
+    SELECT pg_current_snapshot()::text AS snapshot, pg_current_wal_insert_lsn()::text AS wal_lsn,
+           CASE WHEN pg_current_wal_flush_lsn() < pg_current_wal_insert_lsn()
+                THEN pg_logical_emit_message(true, 'outbox-relay', '') END AS flushed,
+           count(*) AS batch_rows,
+           extract(epoch FROM clock_timestamp() - min(created_at))::float8 AS oldest_age_s
+    FROM fresh HAVING count(*) > 0
 )
-SELECT id, topic, key, payload, headers::text,
-       pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text,
-       (SELECT count(*) FROM fresh)
-FROM measured WHERE bytes_before < %(max_bytes)s ORDER BY id
+SELECT measured.id, key, payload, headers::text, snapshot, wal_lsn, batch_rows, oldest_age_s
+FROM measured LEFT JOIN once ON bytes_before = 0
+WHERE bytes_before < %(max_bytes)s
+ORDER BY measured.id
 """
 
 # The start of a big batch: its snapshot and its first id, taken from the batch itself (an id may
@@ -136,9 +189,10 @@ SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text, min(first
 FROM (
     SELECT min(id + 0) AS first_id FROM outbox
     WHERE transaction_id >= %(xmax)s::xid8
-      AND transaction_id < pg_snapshot_xmax(pg_current_snapshot())
+      AND transaction_id < pg_snapshot_xmax(pg_current_snapshot()) AND topic = %(topic)s
     UNION ALL
-    SELECT min(id + 0) FROM outbox WHERE transaction_id = ANY (%(in_progress)s::xid8[])
+    SELECT min(id + 0) FROM outbox
+    WHERE transaction_id = ANY (%(in_progress)s::xid8[]) AND topic = %(topic)s
 ) AS both_parts
 """
 
@@ -149,8 +203,8 @@ BEGIN_WHOLE_OUTBOX = (
 # The next rows of a big batch, by id, with its snapshot fixed: the same rows after any restart.
 READ_BIG_BATCH = """
 WITH chunk AS MATERIALIZED (
-    SELECT id, topic, key, payload, headers FROM outbox
-    WHERE id > %(after_id)s
+    SELECT id, key, payload, headers, created_at FROM outbox
+    WHERE id > %(after_id)s AND topic = %(topic)s
       AND NOT pg_visible_in_snapshot(transaction_id, %(published_snapshot)s::pg_snapshot)
       AND pg_visible_in_snapshot(transaction_id, %(batch_snapshot)s::pg_snapshot)
     ORDER BY id LIMIT %(max_rows)s
@@ -160,12 +214,32 @@ WITH chunk AS MATERIALIZED (
             ORDER BY id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS bytes_before
     FROM chunk
 )
-SELECT id, topic, key, payload, headers::text
+SELECT id, key, payload, headers::text,
+       CASE WHEN bytes_before = 0
+            THEN extract(epoch FROM clock_timestamp() - created_at)::float8 END
 FROM measured WHERE bytes_before < %(max_bytes)s ORDER BY id
 """
 
-# A crash of Postgres hands out again the transaction ids whose records had not reached the disk;
-# the cursor would then hide new rows. A transaction of our own takes everything before it along.
+# A newer position for a topic without rows behind its own, where other topics have some.
+SKIP_OTHER_TOPICS = """
+SELECT pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text
+WHERE EXISTS (
+    SELECT FROM outbox
+    WHERE transaction_id >= %(xmax)s::xid8
+      AND transaction_id < pg_snapshot_xmax(pg_current_snapshot())
+    UNION ALL
+    SELECT FROM outbox WHERE transaction_id = ANY (%(in_progress)s::xid8[])
+) AND NOT EXISTS (
+    SELECT FROM outbox
+    WHERE transaction_id >= %(xmax)s::xid8
+      AND transaction_id < pg_snapshot_xmax(pg_current_snapshot()) AND topic = %(topic)s
+    UNION ALL
+    SELECT FROM outbox
+    WHERE transaction_id = ANY (%(in_progress)s::xid8[]) AND topic = %(topic)s
+)
+"""
+
+# The same as in READ_FRESH, for where a snapshot is taken without rows.
 FLUSH_WAL_TO = """
 SELECT CASE WHEN pg_current_wal_flush_lsn() < %(wal_lsn)s::pg_lsn
             THEN pg_logical_emit_message(true, 'outbox-relay', '') END
@@ -174,9 +248,11 @@ SELECT CASE WHEN pg_current_wal_flush_lsn() < %(wal_lsn)s::pg_lsn
 # --- Operators ---------------------------------------------------------------------------------
 
 LAG = """
-SELECT count(*), coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0)::float8
+SELECT count(*), coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0)::float8,
+       min(id + 0)
 FROM outbox
-WHERE NOT pg_visible_in_snapshot(transaction_id, %(published_snapshot)s::pg_snapshot)
+WHERE topic = %(topic)s
+  AND NOT pg_visible_in_snapshot(transaction_id, %(published_snapshot)s::pg_snapshot)
   AND NOT (
       %(batch_snapshot)s::pg_snapshot IS NOT NULL
       AND pg_visible_in_snapshot(transaction_id, %(batch_snapshot)s::pg_snapshot)
@@ -192,15 +268,73 @@ FROM outbox
 """
 
 # Everything before from_id that is committed now counts as published; rows of transactions still
-# open now are in neither part and come with the next batch, whatever their ids.
+# open now are in neither part and come with the next batch, whatever their ids. The new generation
+# makes this cursor the one that counts, whatever Kafka has.
 RESUME = """
 UPDATE outbox_relay_cursor
 SET leader_epoch = leader_epoch + 1, leader = '', delivery = %(delivery)s,
+    generation = greatest(generation, %(generation)s) + 1, sequence = 0,
     published_snapshot = %(published_snapshot)s::pg_snapshot,
     batch_snapshot = %(batch_snapshot)s::pg_snapshot, batch_last_id = %(batch_last_id)s,
     system_identifier = %(system_identifier)s, database_oid = %(database_oid)s,
-    timeline = %(timeline)s, wal_lsn = %(wal_lsn)s::pg_lsn, updated_at = clock_timestamp()
+    timeline = %(timeline)s, wal_lsn = %(wal_lsn)s::pg_lsn, kafka_cluster_id = NULL,
+    updated_at = clock_timestamp()
 WHERE relay_name = %(name)s
+"""
+
+# --- Quarantine --------------------------------------------------------------------------------
+
+QUARANTINED_KEYS = """
+SELECT DISTINCT key FROM outbox_relay_quarantine
+WHERE relay_name = %(name)s AND topic = %(topic)s
+"""
+
+# Copied from the outbox, whose partitions are dropped once they are behind the cursor.
+QUARANTINE = """
+INSERT INTO outbox_relay_quarantine (relay_name, id, topic, key, payload, headers, error)
+SELECT %(name)s, id, topic, key, payload, headers, %(error)s
+FROM outbox WHERE id = ANY (%(ids)s)
+ON CONFLICT (relay_name, id) DO NOTHING
+"""
+
+# The first of each key, when it may be tried: an operator released it, or nothing is in its way.
+QUARANTINE_READY = """
+SELECT id, key, payload, headers::text FROM (
+    SELECT DISTINCT ON (key) id, key, payload, headers, error, released_at
+    FROM outbox_relay_quarantine
+    WHERE relay_name = %(name)s AND topic = %(topic)s
+    ORDER BY key, id
+) AS first_of_key
+WHERE error IS NULL OR released_at IS NOT NULL
+ORDER BY id LIMIT %(max_rows)s
+"""
+
+QUARANTINE_REFUSED = """
+UPDATE outbox_relay_quarantine SET error = %(error)s, released_at = NULL
+WHERE relay_name = %(name)s AND id = %(id)s
+"""
+
+QUARANTINE_PUBLISHED = """
+DELETE FROM outbox_relay_quarantine WHERE relay_name = %(name)s AND id = ANY (%(ids)s)
+"""
+
+QUARANTINE_LIST = """
+SELECT id, topic, key, error, quarantined_at, released_at,
+       octet_length(key) + octet_length(payload::text) + octet_length(headers::text) AS bytes
+FROM outbox_relay_quarantine WHERE relay_name = %(name)s ORDER BY id LIMIT %(max_rows)s
+"""
+
+QUARANTINE_COUNT = """
+SELECT topic, count(q.id) FROM outbox_topics
+LEFT JOIN outbox_relay_quarantine AS q USING (topic)
+WHERE relay_name = %(name)s OR relay_name IS NULL GROUP BY topic
+"""
+
+QUARANTINE_RELEASE = """
+UPDATE outbox_relay_quarantine
+SET released_at = CASE WHEN error IS NOT NULL THEN coalesce(released_at, clock_timestamp()) END
+WHERE relay_name = %(name)s AND id = %(id)s
+RETURNING error IS NULL AS only_waits
 """
 
 # --- Doctor ------------------------------------------------------------------------------------
@@ -350,11 +484,12 @@ ORDER BY outbox_topics.topic
 # --- Retention -----------------------------------------------------------------------------------
 
 # Every partition of the outbox with its first and last row; the default one has no number. Asked of
-# the parent, which the relay may read, by bounds that leave one partition to look into. One that
-# somebody drops meanwhile has no size.
+# the parent, which the relay may read, by bounds that leave one partition to look into. One that is
+# dropped meanwhile has no size.
 PARTITIONS = """
 SELECT p.number, coalesce(pg_relation_size(relation), 0) > 0 AS filled,
-       coalesce(pg_total_relation_size(relation), 0) AS size_bytes, last_value / 10000000000 AS in_use,
+       coalesce(pg_total_relation_size(relation), 0) AS size_bytes,
+       last_value / 10000000000 AS in_use,
        coalesce(newest.id - oldest.id + 1, 0) AS ids,
        extract(epoch FROM clock_timestamp() - oldest.created_at)::float8 AS oldest_age_s,
        extract(epoch FROM clock_timestamp() - newest.created_at)::float8 AS newest_age_s

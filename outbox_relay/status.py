@@ -1,64 +1,106 @@
 """What an operator asks first: who leads, and how far behind Kafka is."""
 
+import time
 from typing import Any
 
 import psycopg
 
-from outbox_relay import leadership, sql
+from outbox_relay import cursor, leadership, sql
+from outbox_relay.config import Settings
+from outbox_relay.cursor import Cursor, from_row
 from outbox_relay.leadership import RefusedError
 from outbox_relay.reader import EMPTY_SNAPSHOT, Position
 
+RATE_OVER_S = 1.0
 
-def status(connection: psycopg.Connection, name: str, delivery: str) -> dict[str, Any]:
-    """Return the relay's state.
 
-    `lag_rows` events are committed and not yet published, the oldest for `lag_seconds`; `leader`
-    is `host:pid` of the active relay or None; `cursor` is None before the first run.
+def status(connection: psycopg.Connection, settings: Settings) -> dict[str, Any]:
+    """Return the relay's state, in `topics` that of each topic.
+
+    `lag_rows` events are committed and not yet published, the oldest, `oldest_id`, for
+    `lag_seconds`; `leader` is `host:pid` of the active relay or None, `rate` its events per second
+    just now; `cursor` is None before the first run. Under exactly_once all of this is what Postgres
+    knows, up to a second late.
     """
-    cursor = leadership.load_cursor(connection, name)
-    position = Position(EMPTY_SNAPSHOT, "0/0") if cursor is None else leadership.position_of(cursor)
-    lag_rows, lag_seconds = _lag(connection, position)
+    name = settings.outbox_relay_name
     held = connection.execute(sql.HOLDS_LEADERSHIP, {"name": name}).fetchone()
     leads = held is not None and held[0] > 0
+    before = _published_rows(connection, name)
+    started_s = time.monotonic()
+    rows = cursor.load_rows(connection, name)
+    topics = {row["topic"]: _topic(connection, row["topic"], from_row(row)) for row in rows}
+    for (topic,) in connection.execute(sql.TOPICS).fetchall():
+        if topic not in topics:
+            topics[topic] = _topic(connection, topic, None)
+    counts = connection.execute(sql.QUARANTINE_COUNT, {"name": name}).fetchall()
+    if leads:
+        time.sleep(max(0.0, RATE_OVER_S - (time.monotonic() - started_s)))
+    published = _published_rows(connection, name) - before
+    behind = [topic for topic in topics.values() if topic["lag_rows"]]
     return {
         "name": name,
-        "delivery": delivery if cursor is None else cursor["delivery"],
-        "leader": (cursor["leader"] or None) if leads and cursor is not None else None,
-        "lag_rows": lag_rows,
-        "lag_seconds": round(lag_seconds, 3),
-        "quarantined": 0,
-        "cursor": None if cursor is None else _described(cursor),
+        "delivery": rows[0]["delivery"] if rows else settings.outbox_relay_delivery,
+        "leader": (rows[0]["leader"] or None) if leads and rows else None,
+        "lag_rows": sum(topic["lag_rows"] for topic in behind),
+        "lag_seconds": max((topic["lag_seconds"] for topic in behind), default=0.0),
+        "oldest_id": min((topic["oldest_id"] for topic in behind), default=None),
+        "rate": round(published / (time.monotonic() - started_s), 1),
+        "quarantined": sum(count for _, count in counts),
+        "cursor": {row["topic"]: _described(row) for row in rows} or None,
+        "topics": topics,
     }
 
 
+def lag(connection: psycopg.Connection, topic: str, position: Position) -> tuple[int, float, int]:
+    """Return how many rows of `topic` are not published, for how long (s), and the first's id."""
+    found = connection.execute(
+        sql.LAG,
+        {
+            **position.unpublished(),
+            "topic": topic,
+            "published_snapshot": position.published_snapshot,
+            "batch_snapshot": position.batch_snapshot,
+            "batch_last_id": position.batch_last_id,
+        },
+    ).fetchone()
+    assert found is not None, "an aggregate returns one row"  # noqa: S101
+    return found[0], found[1], found[2]
+
+
 def resume(
-    connection: psycopg.Connection, name: str, delivery: str, from_id: int, *, apply: bool
+    connection: psycopg.Connection,
+    settings: Settings,
+    generation: int,
+    from_id: int,
+    *,
+    apply: bool,
 ) -> dict[str, int]:
-    """Make the cursor say that all committed rows before `from_id` are published; return counts.
+    """Make the cursors say that all committed rows before `from_id` are published; return counts.
 
     Changes nothing without `apply`. Rows of transactions that are open now are published whatever
-    their ids.
+    their ids. `generation` is the newest that Kafka knows of; the cursors get a newer one.
 
     Raises:
         RefusedError: a relay of this name leads, or it has never run.
     """
+    name = settings.outbox_relay_name
     server = leadership.examine(connection)
     if not leadership.try_lock(connection, name):
         raise RefusedError(f"the relay {name} is running; stop it first")
-    if leadership.load_cursor(connection, name) is None:
+    if not cursor.load_rows(connection, name):
         raise RefusedError(
             f"the relay {name} has no cursor: it starts with the first row by itself"
         )
     found = connection.execute(sql.RESUME_PREVIEW, {"from_id": from_id}).fetchone()
-    if found is None:
-        raise RefusedError("this database has no outbox")
+    assert found is not None, "an aggregate returns one row"  # noqa: S101
     to_publish, to_skip, snapshot, wal_lsn = found
     if apply:
         connection.execute(
             sql.RESUME,
             {
                 "name": name,
-                "delivery": delivery,
+                "delivery": settings.outbox_relay_delivery,
+                "generation": generation,
                 "published_snapshot": EMPTY_SNAPSHOT,
                 "batch_snapshot": snapshot,
                 "batch_last_id": from_id - 1,
@@ -71,23 +113,26 @@ def resume(
     return {"from_id": from_id, "publishes_rows": to_publish, "skips_rows": to_skip}
 
 
-def _lag(connection: psycopg.Connection, position: Position) -> tuple[int, float]:
-    found = connection.execute(
-        sql.LAG,
-        {
-            **position.unpublished(),
-            "published_snapshot": position.published_snapshot,
-            "batch_snapshot": position.batch_snapshot,
-            "batch_last_id": position.batch_last_id,
-        },
-    ).fetchone()
-    return (0, 0.0) if found is None else (found[0], found[1])
+def _published_rows(connection: psycopg.Connection, name: str) -> int:
+    return sum(row["published_rows"] for row in cursor.load_rows(connection, name))
 
 
-def _described(cursor: dict[str, Any]) -> dict[str, Any]:
-    shown = ("published_snapshot", "batch_snapshot", "batch_last_id", "timeline", "wal_lsn")
-    return {name: cursor[name] for name in shown} | {
-        "leader_epoch": cursor["leader_epoch"],
-        "published_rows": cursor["published_rows"],
-        "updated_at": cursor["updated_at"].isoformat(),
-    }
+def _topic(connection: psycopg.Connection, topic: str, published: Cursor | None) -> dict[str, Any]:
+    position = Position(EMPTY_SNAPSHOT, "0/0") if published is None else published.position
+    rows, seconds, oldest_id = lag(connection, topic, position)
+    return {"lag_rows": rows, "lag_seconds": round(seconds, 3), "oldest_id": oldest_id}
+
+
+def _described(row: dict[str, Any]) -> dict[str, Any]:
+    shown = (
+        "published_snapshot",
+        "batch_snapshot",
+        "batch_last_id",
+        "timeline",
+        "wal_lsn",
+        "generation",
+        "sequence",
+        "leader_epoch",
+        "published_rows",
+    )
+    return {name: row[name] for name in shown} | {"updated_at": row["updated_at"].isoformat()}

@@ -70,6 +70,8 @@ def outbox(
     """A fresh outbox with a topic of three partitions."""
     topic = unique_topic(partitions=3, prefix="outbox")
     with psycopg.connect(reservation_database.owner_url) as connection:
+        # The broker has not the topics of the product itself.
+        connection.execute("DELETE FROM outbox_topics")
         connection.execute("INSERT INTO outbox_topics VALUES (%s, 1000000)", (topic,))
     return Outbox(reservation_database, kafka.bootstrap_servers, topic, f"relay-{next(_numbers)}")
 

@@ -1,0 +1,267 @@
+"""How far a topic is published, of which database and into which Kafka: what a restart stands on.
+
+There is one cursor a topic. Under `at_least_once` it is a row in Postgres, under `exactly_once` a
+record in Kafka, committed together with the events; Postgres then has a copy, at most a second old.
+`generation` says which of the two counts: it rises where the one in Postgres replaces the one in
+Kafka. Snapshots and ids mean something on one history of one database only, so a cursor of another
+one is refused: going on could lose events or publish them twice.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Self
+
+import psycopg
+from psycopg.rows import dict_row
+
+from outbox_relay import sql
+from outbox_relay.leadership import Identity, RefusedError, Server, Term
+from outbox_relay.reader import EMPTY_SNAPSHOT, Position
+
+FORMAT = 1
+REMEDY = (
+    "Events may be lost or doubled by going on. Find the first event that is not in Kafka, then:"
+    " outbox-relay resume --from-id N (shows what it would do; --apply does it)"
+)
+
+
+class LostLeadershipError(Exception):
+    """Another relay has moved the cursor; this one must start over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """A topic's cursor.
+
+    `sequence` counts its steps within a generation. `offsets` are the last ones known by partition
+    (as text) of the topic with the id `topic_id`; `released` the quarantined events that this very
+    step has published.
+    """
+
+    position: Position
+    identity: Identity
+    generation: int = 1
+    sequence: int = 0
+    published_rows: int = 0
+    kafka_cluster_id: str | None = None
+    topic_id: str | None = None
+    offsets: Mapping[str, int] = field(default_factory=dict)
+    released: tuple[int, ...] = ()
+
+    def step(self, position: Position, rows: int = 0, released: tuple[int, ...] = ()) -> Self:
+        """Return the cursor that has come to `position` by publishing `rows` rows."""
+        return replace(
+            self,
+            position=position,
+            sequence=self.sequence + 1,
+            published_rows=self.published_rows + rows,
+            released=released,
+        )
+
+    def next_generation(self) -> Self:
+        """Return the cursor that replaces every other one of its topic."""
+        return replace(self, generation=self.generation + 1, sequence=0, released=())
+
+    def to_json(self) -> bytes:
+        """Return the record's value."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, value: bytes) -> Self:
+        """Read a record's value.
+
+        Raises:
+            RefusedError: it was written by a newer version, or by something else.
+        """
+        try:
+            found = json.loads(value)
+            if found.pop("format") != FORMAT:
+                raise ValueError  # noqa: TRY301 - one answer to all that isn't ours
+            found["position"] = Position(**found["position"])
+            found["identity"] = Identity(**found["identity"])
+            found["released"] = tuple(found["released"])
+            return cls(**found)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise RefusedError(
+                f"the cursor topic holds a record that this version doesn't know. {REMEDY}"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A cursor as Postgres has it, with the delivery that it belongs to."""
+
+    cursor: Cursor
+    delivery: str
+
+
+class Store:
+    """A topic's row in Postgres, in one term: nobody else moves it while the term lasts."""
+
+    def __init__(self, connection: psycopg.Connection, term: Term, topic: str) -> None:
+        self._connection = connection
+        self._term = term
+        self._topic = topic
+        self._saved = Stored(Cursor(Position(EMPTY_SNAPSHOT, "0/0"), Identity(0, 0, "")), "")
+
+    def load(self, server: Server, delivery: str) -> Stored:
+        """Return the stored cursor; made now, before all events, when there is none.
+
+        Raises:
+            LostLeadershipError: it belongs to a later term.
+        """
+        self._connection.execute(
+            sql.CREATE_CURSOR,
+            {
+                "name": self._term.name,
+                "topic": self._topic,
+                "delivery": delivery,
+                "epoch": self._term.epoch,
+                "leader": self._term.leader,
+                "published_snapshot": EMPTY_SNAPSHOT,
+                "wal_lsn": server.wal_lsn,
+                **asdict(server.identity),
+            },
+        )
+        found = load_rows(self._connection, self._term.name, self._topic)
+        if not found or found[0]["leader_epoch"] != self._term.epoch:
+            raise LostLeadershipError("another relay has begun a term")
+        self._saved = Stored(from_row(found[0]), found[0]["delivery"])
+        return self._saved
+
+    def save(self, cursor: Cursor, delivery: str, *, durably: bool) -> None:
+        """Store `cursor`; not `durably`, a crash of Postgres may bring an older one back.
+
+        Raises:
+            LostLeadershipError: the stored cursor is not the one that this term stored last.
+        """
+        old = self._saved.cursor
+        changed = self._connection.execute(
+            sql.SAVE_CURSOR,
+            {
+                "name": self._term.name,
+                "topic": self._topic,
+                "epoch": self._term.epoch,
+                "delivery": delivery,
+                "generation": cursor.generation,
+                "sequence": cursor.sequence,
+                **asdict(cursor.position),
+                **asdict(cursor.identity),
+                "kafka_cluster_id": cursor.kafka_cluster_id,
+                "published_rows": cursor.published_rows,
+                "synchronous_commit": "local" if durably else "off",
+                "old_generation": old.generation,
+                "old_sequence": old.sequence,
+            },
+            prepare=True,
+        ).rowcount
+        if changed != 1:
+            raise LostLeadershipError("the cursor has been moved by another relay")
+        self._saved = Stored(cursor, delivery)
+
+
+def load_rows(
+    connection: psycopg.Connection, name: str, topic: str | None = None
+) -> list[dict[str, Any]]:
+    """Return the stored cursors of a relay as they are in the table, one topic's or all."""
+    with connection.cursor(row_factory=dict_row) as rows:
+        return rows.execute(sql.LOAD_CURSORS, {"name": name, "topic": topic}).fetchall()
+
+
+def from_row(row: Mapping[str, Any]) -> Cursor:
+    """Return the cursor that a row tells."""
+    return Cursor(
+        position=Position(
+            **{
+                name: row[name]
+                for name in ("published_snapshot", "wal_lsn", "batch_snapshot", "batch_last_id")
+            }
+        ),
+        identity=Identity(row["system_identifier"], row["database_oid"], row["timeline"]),
+        generation=row["generation"],
+        sequence=row["sequence"],
+        published_rows=row["published_rows"],
+        kafka_cluster_id=row["kafka_cluster_id"],
+    )
+
+
+def newest(stored: Stored, in_kafka: Cursor | None, topic: str) -> Cursor:
+    """Return the one of the two cursors that counts.
+
+    Raises:
+        RefusedError: one of both systems lost what the other knows of.
+    """
+    ours = stored.cursor
+    if in_kafka is not None and in_kafka.generation > ours.generation:
+        raise RefusedError(
+            f"Kafka has a cursor of topic {topic} that this database doesn't know of: the database"
+            f" was restored, or another one has a relay of this name. {REMEDY}"
+        )
+    if in_kafka is None or in_kafka.generation < ours.generation:
+        if stored.delivery == "exactly_once" and ours.sequence > 0:
+            raise RefusedError(
+                f"Kafka has lost the cursor of topic {topic} that this database has a copy of. "
+                + REMEDY
+            )
+        return ours
+    if in_kafka.sequence < ours.sequence:
+        raise RefusedError(
+            f"Kafka's cursor of topic {topic} is older than the copy of it in this database:"
+            f" Kafka has lost data. {REMEDY}"
+        )
+    return in_kafka
+
+
+def refuse_another_history(
+    connection: psycopg.Connection, cursor: Cursor, server: Server, kafka_cluster_id: str
+) -> Cursor:
+    """Return `cursor` for this server and cluster.
+
+    A promoted standby is fine when it had all that the cursor has seen.
+
+    Raises:
+        RefusedError: the cursor's snapshots can't be trusted here: another server or database, a
+            promoted or restored one, one that has lost the end of its WAL, another Kafka.
+    """
+    ours, here = cursor.identity, server.identity
+    position = cursor.position
+    newer = position.batch_snapshot or position.published_snapshot
+    behind = connection.execute(
+        sql.IS_BEHIND, {"wal_lsn": position.wal_lsn, "snapshot": newer}
+    ).fetchone()
+    checks = (
+        ("another server", ours.system_identifier != here.system_identifier),
+        ("another database", ours.database_oid != here.database_oid),
+        ("an earlier state of this database (restored)", behind is None or bool(behind[0])),
+        (
+            "another timeline (promoted or restored)",
+            ours.timeline != here.timeline and not _had_all(connection, cursor, server),
+        ),
+        ("another Kafka cluster", cursor.kafka_cluster_id not in (None, kafka_cluster_id)),
+    )
+    for what, differs in checks:
+        if differs:
+            raise RefusedError(
+                f"the cursor was written on a different history: this is {what}. {REMEDY}"
+            )
+    return replace(cursor, identity=here, kafka_cluster_id=kafka_cluster_id)
+
+
+def _had_all(connection: psycopg.Connection, cursor: Cursor, server: Server) -> bool:
+    """Whether this server left the cursor's timeline behind the cursor, as far as we may know."""
+    found = connection.execute(
+        sql.TIMELINE_HISTORY, {"timeline": server.identity.timeline}
+    ).fetchone()
+    if found is None or found[0] is None:
+        return False
+    for line in found[0].splitlines():
+        timeline, _, rest = line.partition("\t")
+        if timeline.strip().isdigit() and int(timeline) == int(cursor.identity.timeline, 16):
+            return _lsn(rest.partition("\t")[0]) >= _lsn(cursor.position.wal_lsn)
+    return False
+
+
+def _lsn(text: str) -> int:
+    high, low = text.split("/")
+    return int(high, 16) << 32 | int(low, 16)

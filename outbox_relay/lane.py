@@ -1,0 +1,210 @@
+"""A lane publishes one topic: read what is new, send it, move the cursor.
+
+Each topic has a lane, so one that can't be written holds up only itself. A lane remembers nothing
+across its connections, because a crashed Postgres may have taken back what memory knows. Kafka's
+outages are waited for here, in this place alone; what Postgres says ends the whole term.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+import structlog
+from confluent_kafka import KafkaException
+
+from outbox_relay import leadership, reader
+from outbox_relay.at_least_once import AtLeastOnce
+from outbox_relay.config import Settings
+from outbox_relay.exactly_once import ExactlyOnce
+from outbox_relay.leadership import Term
+from outbox_relay.metrics import Metrics
+from outbox_relay.outages import BrokerReports, Outage
+from outbox_relay.producer import Channel, PublishError, RecordRefusedError, StoppedError
+from outbox_relay.quarantine import Quarantine
+from outbox_relay.reader import Chunk, Position
+
+# After news a lane asks again at once, for more may follow; then it waits to be told.
+HOT_S = 0.1
+HOT_PAUSE_S = 0.001
+# How often a lane looks for what else there may be to do than news.
+EXTRA_INTERVAL_S = 1.0
+FINISH_WITHIN_S = 4.0
+
+Delivery = AtLeastOnce | ExactlyOnce
+
+log = structlog.get_logger()
+
+
+class Lane(threading.Thread):
+    """Publishes `topic` for one term; `failure` is what ended it."""
+
+    def __init__(
+        self, settings: Settings, term: Term, topic: str, metrics: Metrics, outage: Outage
+    ) -> None:
+        super().__init__(name=f"lane {topic}", daemon=True)
+        self.topic = topic
+        self.outage = outage
+        self.news = threading.Event()
+        self.asleep = False
+        self.failure: Exception | None = None
+        self._settings = settings
+        self._term = term
+        self._metrics = metrics
+        self._brokers = BrokerReports(lambda reason: metrics.retried(reason, topic))
+        self._stopping = threading.Event()
+        self._stop_by_s = 0.0
+        # Behind a refused record few rows at a time, until it is found; then more again.
+        self._chunk_rows = settings.outbox_relay_chunk_max_rows
+        self._last_news_s = self._last_extra_s = time.monotonic()
+
+    def stop(self, within_s: float = FINISH_WITHIN_S) -> None:
+        """Ask it to end; what is in flight may take `within_s` seconds."""
+        self._stop_by_s = time.monotonic() + within_s
+        self._stopping.set()
+        self.news.set()
+
+    def run(self) -> None:
+        """Publish until stopped, or until something fails that ends the term."""
+        structlog.contextvars.bind_contextvars(relay=self._settings.outbox_relay_name)
+        try:
+            while not self._stopping.is_set():
+                self._hold_out()
+        except StoppedError:
+            log.warning("stopped with work in flight; it will be read again", topic=self.topic)
+        except Exception as error:  # noqa: BLE001 - raised again by the relay, in the main thread
+            self.failure = error
+        finally:
+            self.asleep = False
+            self._metrics.forget(self.topic)
+
+    def _hold_out(self) -> None:
+        """Serve a session; when Kafka fails, say so once and wait."""
+        try:
+            self._serve()
+        except (PublishError, KafkaException) as error:
+            self.outage.tell(error)
+            self._metrics.retried(type(error).__name__, self.topic)
+            self._stopping.wait(self.outage.backoff_s)
+        except RecordRefusedError as error:
+            # Sent again one by one, until the one that is refused alone is known.
+            self._chunk_rows = 1
+            self._metrics.retried(type(error).__name__, self.topic)
+
+    def _serve(self) -> None:
+        """Publish with one connection to Postgres and one session with Kafka."""
+        self._progress()
+        with (
+            leadership.connect(self._settings.database_url) as connection,
+            self._session(connection) as (delivery, quarantine),
+        ):
+            position = delivery.cursor.position
+            while not self._stopping.is_set():
+                position = self._step(connection, delivery, quarantine, position)
+            delivery.finish()
+
+    @contextmanager
+    def _session(self, connection: psycopg.Connection) -> Iterator[tuple[Delivery, Quarantine]]:
+        settings = self._settings
+        make = ExactlyOnce if settings.outbox_relay_delivery == "exactly_once" else AtLeastOnce
+        channel = Channel(
+            topic=self.topic,
+            settings=settings,
+            term=self._term,
+            connection=connection,
+            go_on=self._go_on,
+            published=self._published,
+            on_broker_error=self._brokers.report,
+        )
+        with make(channel) as delivery:
+            quarantine = Quarantine(connection, settings.outbox_relay_name, self.topic)
+            try:
+                yield delivery, quarantine
+            except RecordRefusedError as error:
+                if len(error.rows) > 1:
+                    raise
+                (row,) = error.rows
+                quarantine.take(row, str(error))
+                log.warning(
+                    "quarantined", topic=self.topic, id=row.id, key=row.key, error=str(error)
+                )
+
+    def _step(
+        self,
+        connection: psycopg.Connection,
+        delivery: Delivery,
+        quarantine: Quarantine,
+        position: Position,
+    ) -> Position:
+        """Publish the next chunk, or wait a little when there is none; return the new position."""
+        self._progress()
+        if time.monotonic() - self._last_extra_s >= EXTRA_INTERVAL_S:
+            position = self._extra(connection, delivery, quarantine, position)
+        self.news.clear()
+        # Before reading: a row that is committed after the read will be told to whoever sleeps.
+        self.asleep = time.monotonic() - self._last_news_s > HOT_S
+        chunk = reader.read(
+            connection,
+            position,
+            self.topic,
+            max_rows=self._chunk_rows,
+            max_bytes=self._settings.outbox_relay_chunk_max_bytes,
+        )
+        if chunk.position != position:
+            self._last_news_s, self.asleep = time.monotonic(), False
+            self._send(delivery, quarantine.divert(chunk))
+            return chunk.position
+        delivery.settle()
+        self.outage.end_of(Exception)
+        self._pause(delivery)
+        return position
+
+    def _send(self, delivery: Delivery, chunk: Chunk) -> None:
+        if chunk.rows:
+            delivery.send(chunk)
+        else:
+            delivery.move(chunk.position)
+        if self._chunk_rows < self._settings.outbox_relay_chunk_max_rows:
+            delivery.finish()
+            self._chunk_rows = min(2 * self._chunk_rows, self._settings.outbox_relay_chunk_max_rows)
+        elif not chunk.more:
+            # In the middle of a backlog the next chunk is read while Kafka takes this one.
+            delivery.settle()
+
+    def _extra(
+        self,
+        connection: psycopg.Connection,
+        delivery: Delivery,
+        quarantine: Quarantine,
+        position: Position,
+    ) -> Position:
+        """Do what a topic without news still needs: released events, a cursor that keeps up."""
+        self._last_extra_s = time.monotonic()
+        for row in quarantine.ready() if quarantine else ():
+            delivery.publish_released(Chunk([row], position))
+            quarantine.published([row])
+            log.info("released", topic=self.topic, id=row.id, key=row.key)
+        passed = reader.skip_other_topics(connection, position, self.topic)
+        if passed != position:
+            delivery.move(passed)
+        return passed
+
+    def _pause(self, delivery: Delivery) -> None:
+        if delivery.wait(HOT_PAUSE_S):
+            return
+        self.news.wait(delivery.idle_for_s if self.asleep else HOT_PAUSE_S)
+
+    def _published(self, rows: int, oldest_age_s: float) -> None:
+        self.outage.end_of(Exception)
+        self._brokers.recovered()
+        self._metrics.published(self.topic, rows, oldest_age_s)
+
+    def _progress(self) -> None:
+        self._metrics.progressed(self.topic)
+
+    def _go_on(self) -> None:
+        """Be called in every wait for Kafka: it is progress, until we are to stop."""
+        self._progress()
+        if self._stopping.is_set() and time.monotonic() > self._stop_by_s:
+            raise StoppedError
