@@ -196,7 +196,6 @@ def live(database: ReservationDatabase, rows: int) -> list[Round]:
         relay.execute("SET idle_session_timeout = 0")  # it is idle while rows are written
         # The newest partitions have no statistics yet: with a bitmap scan each chunk would read and
         # sort all the rest of one (14.5 us an event instead of 3.3).
-        relay.execute("SET enable_bitmapscan = off")
         owner.execute(WITHOUT_TRIGGER)
         owner.execute(ONE_TOPIC, (TOPIC,))
         outbox = Outbox(owner, relay)

@@ -102,6 +102,7 @@ def resume(from_id: int, *, apply: bool) -> None:
     """Accept this database's history after a restore or promotion and go on from a row."""
     settings = load(Settings)
     with leadership.connect(settings.database_url) as connection:
+        status.refuse_while_running(connection, settings.outbox_relay_name)
         generation = exactly_once.newest_generation(settings, connection)
         done = status.resume(connection, settings, generation, from_id, apply=apply)
     click.echo(

@@ -161,7 +161,9 @@ class AtLeastOnce:
             cursor = stored.cursor
         try:
             admin = channel.admin()
-            cursor = refuse_another_history(channel.connection, cursor, server, cluster_id(admin))
+            cursor = refuse_another_history(
+                channel.connection, cursor, server, cluster_id(admin, channel.topic)
+            )
             self._producer = channel.producer(batch_size(admin, channel.topic))
         except KafkaException as error:
             said = reason(error)

@@ -250,10 +250,12 @@ def refuse_another_history(
 
 def _had_all(connection: psycopg.Connection, cursor: Cursor, server: Server) -> bool:
     """Whether this server left the cursor's timeline behind the cursor, as far as we may know."""
+    if connection.execute(sql.MAY_READ_HISTORY).fetchone() != (True,):
+        return False
     found = connection.execute(
         sql.TIMELINE_HISTORY, {"timeline": server.identity.timeline}
     ).fetchone()
-    if found is None or found[0] is None:
+    if found is None:
         return False
     for line in found[0].splitlines():
         timeline, _, rest = line.partition("\t")

@@ -203,7 +203,8 @@ class ExactlyOnce:
         stored = self._store.load(server, DELIVERY)
         admin = channel.admin()
         try:
-            kafka_cluster_id, topic_id = cluster_id(admin), _topic_id(admin, channel.topic)
+            kafka_cluster_id = cluster_id(admin, channel.topic, channel.settings.cursor_topic)
+            topic_id = _topic_id(admin, channel.topic)
             records = CursorRecords(channel.settings, channel.topic, admin, channel.go_on)
 
             def checked(in_kafka: Cursor | None) -> Cursor:
@@ -335,23 +336,29 @@ def newest_generation(settings: Settings, connection: psycopg.Connection) -> int
     """Return the newest generation of cursors that Kafka knows of; 0 when it has none.
 
     Raises:
-        KafkaException: Kafka can't be reached, or has no cursor topic.
+        KafkaException: Kafka can't be reached.
     """
     admin = AdminClient({**settings.kafka_properties(), "log_level": 0})
     newest_found = 0
+    if settings.cursor_topic not in admin.list_topics(timeout=REQUEST_TIMEOUT_S).topics:
+        return newest_found
     for (topic,) in connection.execute(sql.TOPICS).fetchall():
         found = CursorRecords(settings, topic, admin, lambda: None).read(to_the_end=False)
         newest_found = max(newest_found, 0 if found is None else found.generation)
     return newest_found
 
 
-def cluster_id(admin: AdminClient) -> str:
-    """Return the id of the Kafka cluster.
+def cluster_id(admin: AdminClient, *topics: str) -> str:
+    """Return the id of the Kafka cluster, which has these topics.
 
     Raises:
         KafkaException: it can't be reached.
+        PublishError: a topic is missing.
     """
-    found = admin.describe_cluster(request_timeout=REQUEST_TIMEOUT_S).result(REQUEST_TIMEOUT_S)
+    found = admin.list_topics(timeout=REQUEST_TIMEOUT_S)
+    for topic in topics:
+        if topic not in found.topics:
+            raise PublishError(f"topic {topic} is missing; `outbox-relay topics` makes it")
     return str(found.cluster_id)
 
 

@@ -45,6 +45,8 @@ class Housekeeping(threading.Thread):
                     while not self._stopping.wait(INTERVAL_S):
                         self._keep_house(connection)
                         self._outage.end_of(Exception)
+            except psycopg.OperationalError:
+                self._stopping.wait(INTERVAL_S)  # the lanes notice, and say so
             except (psycopg.Error, RefusedError) as error:
                 self._outage.tell(error)
                 self._stopping.wait(self._outage.backoff_s)

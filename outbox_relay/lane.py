@@ -48,6 +48,8 @@ class Lane(threading.Thread):
         self.outage = outage
         self.news = threading.Event()
         self.asleep = False
+        # Whether Postgres lets it work: it has read, or has found Kafka in trouble.
+        self.works = False
         self.failure: Exception | None = None
         self._settings = settings
         self._term = term
@@ -84,6 +86,7 @@ class Lane(threading.Thread):
         try:
             self._serve()
         except (PublishError, KafkaException) as error:
+            self.works = True
             self.outage.tell(error)
             self._metrics.retried(type(error).__name__, self.topic)
             self._stopping.wait(self.outage.backoff_s)
@@ -151,6 +154,7 @@ class Lane(threading.Thread):
             max_rows=self._chunk_rows,
             max_bytes=self._settings.outbox_relay_chunk_max_bytes,
         )
+        self.works = True
         if chunk.position != position:
             self._last_news_s, self.asleep = time.monotonic(), False
             self._send(delivery, quarantine.divert(chunk))

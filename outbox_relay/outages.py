@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psycopg
 import structlog
 from confluent_kafka import KafkaError
 
@@ -29,10 +30,12 @@ class Outage:
         self.backoff_s = min(max(self.backoff_s * 2, BACKOFF_FIRST_S), BACKOFF_MAX_S)
         if self._kind is None:
             self._since_s = time.monotonic()
-        if type(error) not in self._told:
-            reason = type(error).__name__
+        # A server that goes down and comes up again says so in several ways.
+        outage = isinstance(error, psycopg.OperationalError)
+        self._kind = psycopg.OperationalError if outage else type(error)
+        if self._kind not in self._told:
+            reason = self._kind.__name__
             log.warning("waiting", reason=reason, error=str(error).strip(), **self._place)
-        self._kind = type(error)
         self._told.add(self._kind)
 
     def end_of(self, *kinds: type[Exception]) -> None:

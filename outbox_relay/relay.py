@@ -95,7 +95,6 @@ class Relay:
             if not self._wait_for_leadership(connection, outage):
                 return
             term = leadership.begin_term(connection, self.settings.outbox_relay_name)
-            log.info("leading", term=term.epoch)
             self.metrics.leading(True)
             housekeeping = Housekeeping(self.settings, self.metrics)
             housekeeping.start()
@@ -105,7 +104,8 @@ class Relay:
             finally:
                 housekeeping.stop()
                 self.metrics.leading(False)
-                log.info("stopped leading", term=term.epoch)
+                if not outage.ongoing:
+                    log.info("stopped leading", term=term.epoch)
 
     def _lead(
         self,
@@ -115,14 +115,18 @@ class Relay:
         outage: Outage,
     ) -> None:
         news = News(connection)
-        next_round_s = 0.0
+        next_round_s, said = 0.0, False
         while not self.stop.requested:
             if time.monotonic() >= next_round_s:
                 self._open_lanes(connection, term, lanes)
                 self._refuse_to_hold_up(lanes)
-                outage.end_of(psycopg.Error, LostLeadershipError)
-                if not any(lane.outage.ongoing for lane in lanes.values()):
-                    outage.end_of(KafkaAwayError)
+                if all(lane.works for lane in lanes.values()):
+                    outage.end_of(psycopg.Error, LostLeadershipError)
+                    if not any(lane.outage.ongoing for lane in lanes.values()):
+                        outage.end_of(KafkaAwayError)
+                    if not (said or outage.ongoing):
+                        log.info("leading", term=term.epoch)
+                        said = True
                 next_round_s = time.monotonic() + ROUND_INTERVAL_S
             for lane in lanes.values():
                 if lane.failure is not None:

@@ -6,8 +6,9 @@ Snapshots travel as text, transaction ids as decimal text: Postgres' own types d
 # What a session of the relay is like. A stopped process must lose its advisory lock: when idle
 # through idle_session_timeout, in the middle of a result through the server's tcp_user_timeout (on
 # a Unix socket nothing ends the latter). Sequential scans are off because a generic plan guesses
-# that a third of the table is new; `local` is enough to know that our own server won't take a row
-# back.
+# that a third of the table is new, bitmap scans because a partition without statistics would be
+# read to its end and sorted for each chunk; `local` is enough to know that our own server won't
+# take a row back.
 SESSION_OPTIONS = (
     "-c idle_session_timeout=5s"
     " -c idle_in_transaction_session_timeout=5s"
@@ -16,6 +17,7 @@ SESSION_OPTIONS = (
     " -c tcp_user_timeout=10s"
     " -c synchronous_commit=local"
     " -c enable_seqscan=off"
+    " -c enable_bitmapscan=off"
     " -c jit=off"
     " -c work_mem=32MB"
     " -c default_transaction_isolation=read\\ committed"
@@ -113,11 +115,10 @@ SELECT %(wal_lsn)s::pg_lsn > pg_current_wal_insert_lsn()
     OR pg_snapshot_xmax(%(snapshot)s::pg_snapshot) > pg_snapshot_xmax(pg_current_snapshot())
 """
 
-# Where each earlier timeline was left; NULL where the relay's role may not read it.
-TIMELINE_HISTORY = """
-SELECT CASE WHEN has_function_privilege('pg_read_file(text)', 'execute')
-            THEN pg_read_file('pg_wal/' || %(timeline)s || '.history') END
-"""
+MAY_READ_HISTORY = "SELECT has_function_privilege('pg_read_file(text)', 'execute')"
+
+# Where each earlier timeline was left.
+TIMELINE_HISTORY = "SELECT pg_read_file('pg_wal/' || %(timeline)s || '.history')"
 
 SNAPSHOT = "SELECT pg_current_snapshot()::text"
 
@@ -201,13 +202,24 @@ BEGIN_WHOLE_OUTBOX = (
 )
 
 # The next rows of a big batch, by id, with its snapshot fixed: the same rows after any restart.
+# Partition by partition: merging them, Postgres would look for a first row in each, and pass all
+# the rows newer than the batch for every chunk.
 READ_BIG_BATCH = """
 WITH chunk AS MATERIALIZED (
-    SELECT id, key, payload, headers, created_at FROM outbox
-    WHERE id > %(after_id)s AND topic = %(topic)s
-      AND NOT pg_visible_in_snapshot(transaction_id, %(published_snapshot)s::pg_snapshot)
-      AND pg_visible_in_snapshot(transaction_id, %(batch_snapshot)s::pg_snapshot)
-    ORDER BY id LIMIT %(max_rows)s
+    SELECT found.* FROM (
+        SELECT number * 10000000000 AS first_id, (number + 1) * 10000000000 AS end_id
+        FROM (SELECT number FROM outbox_partitions
+              UNION SELECT id / 10000000000 FROM outbox_default) AS numbers
+        WHERE number >= %(after_id)s::bigint / 10000000000
+        ORDER BY number
+    ) AS ranges, LATERAL (
+        SELECT id, key, payload, headers, created_at FROM outbox
+        WHERE id > %(after_id)s AND id >= first_id AND id < end_id AND topic = %(topic)s
+          AND NOT pg_visible_in_snapshot(transaction_id, %(published_snapshot)s::pg_snapshot)
+          AND pg_visible_in_snapshot(transaction_id, %(batch_snapshot)s::pg_snapshot)
+        ORDER BY id LIMIT %(max_rows)s
+    ) AS found
+    LIMIT %(max_rows)s
 ), measured AS (
     SELECT *, coalesce(
         sum(pg_column_size(payload) + pg_column_size(headers) + pg_column_size(key)) OVER (

@@ -67,6 +67,16 @@ def lag(connection: psycopg.Connection, topic: str, position: Position) -> tuple
     return found[0], found[1], found[2]
 
 
+def refuse_while_running(connection: psycopg.Connection, name: str) -> None:
+    """Take the leadership, so that no relay can while `connection` lasts.
+
+    Raises:
+        RefusedError: a relay of this name leads.
+    """
+    if not leadership.try_lock(connection, name):
+        raise RefusedError(f"the relay {name} is running; stop it first")
+
+
 def resume(
     connection: psycopg.Connection,
     settings: Settings,
@@ -81,12 +91,10 @@ def resume(
     their ids. `generation` is the newest that Kafka knows of; the cursors get a newer one.
 
     Raises:
-        RefusedError: a relay of this name leads, or it has never run.
+        RefusedError: it has never run.
     """
     name = settings.outbox_relay_name
     server = leadership.examine(connection)
-    if not leadership.try_lock(connection, name):
-        raise RefusedError(f"the relay {name} is running; stop it first")
     if not cursor.load_rows(connection, name):
         raise RefusedError(
             f"the relay {name} has no cursor: it starts with the first row by itself"

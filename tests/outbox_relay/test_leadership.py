@@ -1,4 +1,4 @@
-"""The cursor moves by compare-and-swap: who is no longer the leader changes nothing."""
+"""One relay of a name leads, and who no longer does changes nothing."""
 
 from dataclasses import replace
 
@@ -6,31 +6,46 @@ import psycopg
 import pytest
 
 from outbox_relay import leadership
-from outbox_relay.leadership import LostLeadershipError, RefusedError, Term
+from outbox_relay.cursor import Cursor, LostLeadershipError, Store, refuse_another_history
+from outbox_relay.leadership import RefusedError
 from tests.databases import ReservationDatabase
 
 DELIVERY = "at_least_once"
+TOPIC = "concert-reservation"
+KAFKA = "a-cluster"
+
+
+def begin(connection: psycopg.Connection) -> tuple[Store, Cursor]:
+    """Begin a term as a lane of it does."""
+    store = Store(connection, leadership.begin_term(connection, "r"), TOPIC)
+    return store, store.load(leadership.examine(connection), DELIVERY).cursor
+
+
+def moved(cursor: Cursor, snapshot: str) -> Cursor:
+    return cursor.step(replace(cursor.position, published_snapshot=snapshot), rows=1)
 
 
 def test_a_former_leader_can_not_move_the_cursor(reservation_database: ReservationDatabase) -> None:
     url = reservation_database.relay_url
     with leadership.connect(url) as old, leadership.connect(url) as new:
-        former = Term.begin(old, "r", DELIVERY)
-        leader = Term.begin(new, "r", DELIVERY)
+        former, its_cursor = begin(old)
+        leader, cursor = begin(new)
         with pytest.raises(LostLeadershipError):
-            former.advance(replace(former.position, published_snapshot="9:9:"), rows=1)
-        leader.advance(replace(leader.position, published_snapshot="5:5:"), rows=1)
-        assert Term.begin(new, "r", DELIVERY).position.published_snapshot == "5:5:"
+            former.save(moved(its_cursor, "9:9:"), DELIVERY, durably=False)
+        leader.save(moved(cursor, "5:5:"), DELIVERY, durably=False)
+        assert begin(new)[1].position.published_snapshot == "5:5:"
+        with pytest.raises(LostLeadershipError):  # nor can it open a session again
+            former.load(leadership.examine(old), DELIVERY)
 
 
-def test_the_cursor_moves_only_from_the_position_that_the_term_wrote_last(
+def test_the_cursor_moves_only_from_the_step_that_the_term_wrote_last(
     reservation_database: ReservationDatabase,
 ) -> None:
     with leadership.connect(reservation_database.relay_url) as connection:
-        term = Term.begin(connection, "r", DELIVERY)
-        connection.execute("UPDATE outbox_relay_cursor SET published_snapshot = '7:7:'")
+        store, cursor = begin(connection)
+        connection.execute("UPDATE outbox_relay_cursor SET sequence = 7")
         with pytest.raises(LostLeadershipError):
-            term.advance(replace(term.position, published_snapshot="9:9:"), rows=1)
+            store.save(moved(cursor, "9:9:"), DELIVERY, durably=False)
 
 
 def test_one_session_holds_the_lock_of_a_name_until_it_ends(
@@ -53,16 +68,19 @@ def test_one_session_holds_the_lock_of_a_name_until_it_ends(
         ("timeline = '0000000A'", "another timeline"),
         ("wal_lsn = 'FFFF/0'", "an earlier state"),
         ("published_snapshot = '999999999:999999999:'", "an earlier state"),
+        ("kafka_cluster_id = 'another'", "another Kafka cluster"),
     ],
 )
 def test_a_cursor_of_another_history_is_refused_and_resume_is_named(
     reservation_database: ReservationDatabase, change: str, told: str
 ) -> None:
     with leadership.connect(reservation_database.relay_url) as connection:
-        Term.begin(connection, "r", DELIVERY)
+        begin(connection)
         connection.execute(f"UPDATE outbox_relay_cursor SET {change}")  # noqa: S608
+        _, cursor = begin(connection)
+        server = leadership.examine(connection)
         with pytest.raises(RefusedError, match=told) as refusal:
-            Term.begin(connection, "r", DELIVERY)
+            refuse_another_history(connection, cursor, server, KAFKA)
         assert "outbox-relay resume --from-id N" in str(refusal.value)
 
 

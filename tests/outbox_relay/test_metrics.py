@@ -30,7 +30,7 @@ def test_a_scraper_reads_each_topic_s_numbers() -> None:
     metrics.retried("BrokerNotAvailable", "b")
     metrics.lag("a", 12, 3.5)
     metrics.quarantined("b", 2)
-    metrics.retention(partitions=6, default_rows=0)
+    metrics.retention(partitions=6, default_filled=False)
     serve(metrics, "127.0.0.1", port)
     status, text = get(port, "/metrics")
     assert status == 200
@@ -47,7 +47,7 @@ def test_a_scraper_reads_each_topic_s_numbers() -> None:
         'outbox_relay_oldest_unpublished_age_seconds{topic="a"} 3.5',
         'outbox_relay_quarantined{topic="b"} 2.0',
         "outbox_relay_outbox_partitions 6.0",
-        "outbox_relay_outbox_default_rows 0.0",
+        "outbox_relay_outbox_default_filled 0.0",
     ):
         assert line in text.splitlines()
     assert get(port, "/elsewhere")[0] == 404
