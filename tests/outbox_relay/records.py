@@ -3,7 +3,9 @@
 import time
 from typing import Literal, NamedTuple
 
-from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, TopicPartition
+
+from tests.waiting import wait_until
 
 TIMEOUT_S = 20.0
 
@@ -33,18 +35,16 @@ def read_topic(
         {
             "bootstrap.servers": bootstrap_servers,
             "group.id": "test-reader",
+            # Behind the last record lies a transaction's end, for which a broker would wait.
+            "fetch.wait.max.ms": 50,
             "enable.auto.commit": False,
             "isolation.level": isolation,
+            # A broker that a test has killed is no news on the terminal.
+            "log_level": 0,
         }
     )
     try:
-        partitions = consumer.list_topics(topic, timeout=TIMEOUT_S).topics[topic].partitions
-        ends = {
-            number: consumer.get_watermark_offsets(
-                TopicPartition(topic, number), timeout=TIMEOUT_S
-            )[1]
-            for number in partitions
-        }
+        (ends,) = wait_until(lambda: _ends(consumer, topic), timeout_s, f"the ends of {topic}")
         left = {number for number, end in ends.items() if end > 0}
         consumer.assign([TopicPartition(topic, number, OFFSET_BEGINNING) for number in left])
         records = []
@@ -72,6 +72,21 @@ def read_topic(
     finally:
         consumer.close()
     return records
+
+
+def _ends(consumer: Consumer, topic: str) -> list[dict[int, int]]:
+    """Partition → the offset behind its last record; nothing while a broker is about to fail."""
+    try:
+        partitions = consumer.list_topics(topic, timeout=TIMEOUT_S).topics[topic].partitions
+        ends = {
+            number: consumer.get_watermark_offsets(
+                TopicPartition(topic, number), timeout=TIMEOUT_S
+            )[1]
+            for number in partitions
+        }
+    except KafkaException:
+        return []
+    return [ends]
 
 
 def _texts(headers: object) -> dict[str, str]:

@@ -30,9 +30,11 @@ CURSOR_TOPIC_CONFIG = {
     "segment.ms": "60000",
     "segment.bytes": "1048576",
 }
-TRANSACTION_TIMEOUT_S = 15.0
 HANDOVER_TIMEOUT_S = 20.0
 REQUEST_TIMEOUT_S = 10.0
+# Of a backlog: enough that one is open at nearly every moment for some seconds.
+MANY_TRANSACTIONS = {"OUTBOX_RELAY_CHUNK_MAX_ROWS": "300"}
+END_TXN = (26).to_bytes(2)
 
 _numbers = itertools.count(1)
 
@@ -205,3 +207,8 @@ def freeze_in_a_transaction(
         return False
 
     wait_until(caught, 30, "the relay to be stopped in a transaction")
+
+
+def is_end_of_transaction(request: bytes) -> bool:
+    """Whether these bytes begin with EndTxn: four bytes of length, two of the kind."""
+    return request[4:6] == END_TXN
