@@ -1,20 +1,25 @@
 """Publishes at least once and each key in order, with the least delay.
 
-Several chunks are on their way at a time. The cursor in Postgres moves behind a chunk when Kafka
-has acknowledged it and all before it, and is stored a moment later, so that nobody waits for that:
+New chunks are sent while earlier ones are on their way. The cursor in Postgres moves behind them
+when Kafka has acknowledged them all, and is stored a moment later, so that nobody waits for that:
 whatever is killed, the next term starts at or before the first unacknowledged row. It may repeat
 events after newer ones of their key.
 """
 
 import time
-from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Self
 
 from confluent_kafka import KafkaError, KafkaException, Message
 
 from outbox_relay import leadership
-from outbox_relay.cursor import Cursor, Store, refuse_another_history
+from outbox_relay.cursor import (
+    Cursor,
+    Store,
+    refuse_another_history,
+    refuse_another_kafka,
+)
 from outbox_relay.exactly_once import ExactlyOnce, cluster_id
 from outbox_relay.producer import (
     SLICE_S,
@@ -25,26 +30,28 @@ from outbox_relay.producer import (
     produce,
     reason,
 )
-from outbox_relay.reader import Chunk, Position
+from outbox_relay.reader import Chunk, Position, Row
 
 DELIVERY = "at_least_once"
 SAVE_INTERVAL_S = 0.05
 # Enough to keep Kafka busy while the next chunk is read.
-IN_FLIGHT_MAX_CHUNKS = 200
 IN_FLIGHT_MAX_ROWS = 10_000
+# Only once nothing is on its way do we know that Kafka has it all: under load, that is seen to.
+DRAIN_INTERVAL_S = 0.25
 
 
 @dataclass(slots=True)
 class _InFlight:
-    """A chunk on its way, until Kafka has said something of each of its rows."""
+    """Chunks on their way, of which Kafka has said nothing yet, or that it doesn't take one."""
 
-    chunk: Chunk
     sent_at_s: float
-    missing: int
+    oldest_age_s: float
+    position: Position
+    rows: int = 0
+    first_rows: Sequence[Row] = ()
     error: KafkaError | None = None
 
-    def delivered(self, error: KafkaError | None, _: Message) -> None:
-        self.missing -= 1
+    def failed(self, error: KafkaError | None, _: Message) -> None:
         self.error = self.error or error
 
 
@@ -54,8 +61,7 @@ class AtLeastOnce:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._store = Store(channel.connection, channel.term, channel.topic)
-        self._in_flight: deque[_InFlight] = deque()
-        self._rows_in_flight = 0
+        self._in_flight: _InFlight | None = None
         self._saved_at_s = time.monotonic()
         self._saved = True
 
@@ -70,7 +76,7 @@ class AtLeastOnce:
     @property
     def idle_for_s(self) -> float:
         """How long a lane without news may leave us alone."""
-        return 1.0 if self._saved and not self._in_flight else SAVE_INTERVAL_S
+        return 1.0 if self._saved and self._in_flight is None else SAVE_INTERVAL_S
 
     def send(self, chunk: Chunk) -> None:
         """Hand a chunk to Kafka, once there is room for it.
@@ -79,30 +85,29 @@ class AtLeastOnce:
             PublishError: Kafka is in trouble; the session is over.
             RecordRefusedError: Kafka refused a record; the session is over.
         """
-        while (
-            self._rows_in_flight >= IN_FLIGHT_MAX_ROWS
-            or len(self._in_flight) >= IN_FLIGHT_MAX_CHUNKS
-        ):
-            self._producer.poll(SLICE_S)
-            self._collect()
+        flight = self._in_flight
+        if flight is not None and time.monotonic() - flight.sent_at_s >= DRAIN_INTERVAL_S:
+            self._drain()
+        while len(self._producer) >= IN_FLIGHT_MAX_ROWS:
+            self._producer.poll(SLICE_S / 100)
             self._channel.go_on()
-        sent = _InFlight(chunk, time.monotonic(), len(chunk.rows))
-        self._in_flight.append(sent)
-        self._rows_in_flight += len(chunk.rows)
+        flight = self._begin(chunk)
+        flight.rows += len(chunk.rows)
+        flight.first_rows = flight.first_rows or chunk.rows
         try:
-            produce(self._producer, self._channel, chunk.rows, sent.delivered)
+            produce(self._producer, self._channel, chunk.rows, flight.failed)
         except KafkaException as error:
             raise failure(reason(error), chunk.rows) from error
         self.settle()
 
     def move(self, position: Position) -> None:
         """Note that nothing is to be published up to `position`."""
-        self._in_flight.append(_InFlight(Chunk((), position), time.monotonic(), 0))
+        self._begin(Chunk((), position))
 
-    def publish_released(self, chunk: Chunk) -> None:
-        """Publish quarantined events and wait for them; the cursor stays where it is."""
+    def publish_released(self, row: Row) -> None:
+        """Publish a quarantined event and wait for it; the cursor stays where it is."""
         self.finish()
-        self.send(Chunk(chunk.rows, self.cursor.position))
+        self.send(Chunk([row], self.cursor.position))
         self.finish()
 
     def settle(self) -> None:
@@ -112,38 +117,46 @@ class AtLeastOnce:
             PublishError, RecordRefusedError: as `send`.
         """
         self._producer.poll(0)
-        self._collect()
+        if self._in_flight is not None and len(self._producer) == 0:
+            self._arrived(self._in_flight)
         if not self._saved and time.monotonic() - self._saved_at_s >= SAVE_INTERVAL_S:
             self._save(durably=False)
 
     def finish(self) -> None:
         """Wait for all that is on its way, and store the cursor."""
-        while self._in_flight:
-            self._producer.poll(SLICE_S)
-            self._collect()
-            self._channel.go_on()
+        self._drain()
         if not self._saved:
             self._save(durably=True)
 
     def wait(self, timeout_s: float) -> bool:
         """Wait for what is on its way; False when nothing is."""
-        if self._in_flight:
+        if self._in_flight is not None:
             self._producer.poll(timeout_s)
-        return bool(self._in_flight)
+        return self._in_flight is not None
 
-    def _collect(self) -> None:
-        """Move the cursor behind the chunks that are acknowledged, in the order they were sent."""
-        while self._in_flight and self._in_flight[0].missing == 0:
-            done = self._in_flight.popleft()
-            rows = len(done.chunk.rows)
-            if done.error is not None:
-                raise failure(done.error, done.chunk.rows)
-            self._rows_in_flight -= rows
-            self.cursor = self.cursor.step(done.chunk.position, rows)
-            self._saved = False
-            if rows:
-                age_s = done.chunk.oldest_age_s + time.monotonic() - done.sent_at_s
-                self._channel.published(rows, age_s)
+    def _begin(self, chunk: Chunk) -> _InFlight:
+        if self._in_flight is None:
+            self._in_flight = _InFlight(time.monotonic(), chunk.oldest_age_s, chunk.position)
+        self._in_flight.position = chunk.position
+        return self._in_flight
+
+    def _drain(self) -> None:
+        while self._in_flight is not None:
+            self._producer.flush(SLICE_S)
+            if len(self._producer) == 0:
+                self._arrived(self._in_flight)
+            self._channel.go_on()
+
+    def _arrived(self, flight: _InFlight) -> None:
+        """Move the cursor behind what was on its way, of which nothing is any more."""
+        if flight.error is not None:
+            raise failure(flight.error, flight.first_rows if flight.rows == 1 else ())
+        self._in_flight = None
+        self.cursor = self.cursor.step(flight.position, flight.rows)
+        self._saved = False
+        if flight.rows:
+            age_s = flight.oldest_age_s + time.monotonic() - flight.sent_at_s
+            self._channel.published(flight.rows, age_s)
 
     def _save(self, *, durably: bool) -> None:
         self._store.save(self.cursor, DELIVERY, durably=durably)
@@ -161,9 +174,10 @@ class AtLeastOnce:
             cursor = stored.cursor
         try:
             admin = channel.admin()
-            cursor = refuse_another_history(
-                channel.connection, cursor, server, cluster_id(admin, channel.topic)
-            )
+            kafka_cluster_id = cluster_id(admin, channel.topic)
+            refuse_another_kafka(cursor, kafka_cluster_id)
+            cursor = refuse_another_history(channel.connection, cursor, server)
+            cursor = replace(cursor, kafka_cluster_id=kafka_cluster_id)
             self._producer = channel.producer(batch_size(admin, channel.topic))
         except KafkaException as error:
             said = reason(error)

@@ -34,9 +34,10 @@ class LostLeadershipError(Exception):
 class Cursor:
     """A topic's cursor.
 
-    `sequence` counts its steps within a generation. `offsets` are the last ones known by partition
-    (as text) of the topic with the id `topic_id`; `released` the quarantined events that this very
-    step has published.
+    `sequence` counts its steps within a generation. `offsets` are ends known by partition (as text)
+    of the topic with the id `topic_id`, some seconds old; `released` the quarantined events that
+    this very step has published; `copied_sequence` is that of the copy that Postgres is known to
+    have: a database with an older one was restored, however far it has come since.
     """
 
     position: Position
@@ -48,6 +49,7 @@ class Cursor:
     topic_id: str | None = None
     offsets: Mapping[str, int] = field(default_factory=dict)
     released: tuple[int, ...] = ()
+    copied_sequence: int = 0
 
     def step(self, position: Position, rows: int = 0, released: tuple[int, ...] = ()) -> Self:
         """Return the cursor that has come to `position` by publishing `rows` rows."""
@@ -103,7 +105,7 @@ class Store:
         self._connection = connection
         self._term = term
         self._topic = topic
-        self._saved = Stored(Cursor(Position(EMPTY_SNAPSHOT, "0/0"), Identity(0, 0, "")), "")
+        self.saved = Cursor(Position(EMPTY_SNAPSHOT, "0/0"), Identity(0, 0, ""))
 
     def load(self, server: Server, delivery: str) -> Stored:
         """Return the stored cursor; made now, before all events, when there is none.
@@ -127,8 +129,8 @@ class Store:
         found = load_rows(self._connection, self._term.name, self._topic)
         if not found or found[0]["leader_epoch"] != self._term.epoch:
             raise LostLeadershipError("another relay has begun a term")
-        self._saved = Stored(from_row(found[0]), found[0]["delivery"])
-        return self._saved
+        self.saved = from_row(found[0])
+        return Stored(self.saved, found[0]["delivery"])
 
     def save(self, cursor: Cursor, delivery: str, *, durably: bool) -> None:
         """Store `cursor`; not `durably`, a crash of Postgres may bring an older one back.
@@ -136,7 +138,7 @@ class Store:
         Raises:
             LostLeadershipError: the stored cursor is not the one that this term stored last.
         """
-        old = self._saved.cursor
+        old = self.saved
         changed = self._connection.execute(
             sql.SAVE_CURSOR,
             {
@@ -158,7 +160,7 @@ class Store:
         ).rowcount
         if changed != 1:
             raise LostLeadershipError("the cursor has been moved by another relay")
-        self._saved = Stored(cursor, delivery)
+        self.saved = cursor
 
 
 def load_rows(
@@ -210,19 +212,34 @@ def newest(stored: Stored, in_kafka: Cursor | None, topic: str) -> Cursor:
             f"Kafka's cursor of topic {topic} is older than the copy of it in this database:"
             f" Kafka has lost data. {REMEDY}"
         )
+    if ours.sequence < in_kafka.copied_sequence:
+        raise RefusedError(
+            f"Kafka's cursor of topic {topic} tells of a newer copy than this database has: it was"
+            f" restored to an earlier state, or is an old copy of the one that publishes. {REMEDY}"
+        )
     return in_kafka
 
 
+def refuse_another_kafka(cursor: Cursor, kafka_cluster_id: str) -> None:
+    """Refuse to go on in a cluster that hasn't what the cursor says is published.
+
+    Raises:
+        RefusedError: it is another one.
+    """
+    if cursor.kafka_cluster_id not in (None, kafka_cluster_id):
+        raise RefusedError(f"this is another Kafka cluster than the cursor's. {REMEDY}")
+
+
 def refuse_another_history(
-    connection: psycopg.Connection, cursor: Cursor, server: Server, kafka_cluster_id: str
+    connection: psycopg.Connection, cursor: Cursor, server: Server
 ) -> Cursor:
-    """Return `cursor` for this server and cluster.
+    """Return `cursor` for this server.
 
     A promoted standby is fine when it had all that the cursor has seen.
 
     Raises:
         RefusedError: the cursor's snapshots can't be trusted here: another server or database, a
-            promoted or restored one, one that has lost the end of its WAL, another Kafka.
+            promoted or restored one, one that has lost the end of its WAL.
     """
     ours, here = cursor.identity, server.identity
     position = cursor.position
@@ -238,14 +255,13 @@ def refuse_another_history(
             "another timeline (promoted or restored)",
             ours.timeline != here.timeline and not _had_all(connection, cursor, server),
         ),
-        ("another Kafka cluster", cursor.kafka_cluster_id not in (None, kafka_cluster_id)),
     )
     for what, differs in checks:
         if differs:
             raise RefusedError(
                 f"the cursor was written on a different history: this is {what}. {REMEDY}"
             )
-    return replace(cursor, identity=here, kafka_cluster_id=kafka_cluster_id)
+    return replace(cursor, identity=here)
 
 
 def _had_all(connection: psycopg.Connection, cursor: Cursor, server: Server) -> bool:

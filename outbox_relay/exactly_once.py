@@ -8,10 +8,11 @@ wrong with a transaction: give the session up and open a new one.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future  # noqa: TC003 - it is what we keep
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import psycopg
 from confluent_kafka import (
@@ -31,25 +32,39 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
 
 from outbox_relay import leadership, sql
 from outbox_relay.config import Settings
-from outbox_relay.cursor import REMEDY, Cursor, Store, newest, refuse_another_history
+from outbox_relay.cursor import (
+    REMEDY,
+    Cursor,
+    Store,
+    newest,
+    refuse_another_history,
+    refuse_another_kafka,
+)
 from outbox_relay.leadership import RefusedError
 from outbox_relay.producer import (
     REQUEST_TIMEOUT_S,
     SLICE_S,
     Channel,
     PublishError,
+    RecordRefusedError,
     batch_size,
     failure,
     produce,
     reason,
 )
-from outbox_relay.reader import Chunk, Position
+from outbox_relay.reader import Chunk, Position, Row
 
 DELIVERY = "exactly_once"
 OPEN_WITHIN_S = 30.0
 # The coordinator has given up by then: the transaction is decided, and a new session sees how.
 COMMIT_WITHIN_S = 30.0
+FLUSH_SLICE_S = 0.05
 COPY_INTERVAL_S = 1.0
+# A backlog is committed in portions, not in chunks: every commit costs some 10 ms.
+TRANSACTION_MAX_ROWS = 20_000
+TRANSACTION_MAX_S = 0.5
+# After a commit Kafka still writes its markers; who begins meanwhile is sent away for 20 ms.
+MARKERS_S = 0.002
 # Of the cursor topic, read from its end: a lane that was busy finds its own among the last few.
 WINDOW_RECORDS = 500
 EARLIEST = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
@@ -58,11 +73,14 @@ LATEST = OffsetSpec.latest()  # type: ignore[no-untyped-call]
 
 @dataclass(slots=True)
 class _Transaction:
-    """An open transaction: what it publishes and the cursor that it commits."""
+    """An open transaction: what was sent in it so far, and the cursor that it will commit."""
 
-    chunk: Chunk
     cursor: Cursor
-    sent_at_s: float
+    begun_at_s: float
+    oldest_age_s: float
+    rows: int = 0
+    # For the one that Kafka refuses; more of them are only counted.
+    first_rows: Sequence[Row] = ()
 
 
 class ExactlyOnce:
@@ -74,17 +92,22 @@ class ExactlyOnce:
         self._producer: Producer | None = None
         self._open: _Transaction | None = None
         self._moved: Position | None = None
+        self._admin: AdminClient | None = None
+        self._partitions: Sequence[int] = ()
         self._offsets: dict[str, int] = {}
+        self._asked: dict[TopicPartition, Future[Any]] = {}
         self._failure: KafkaError | None = None
         self._copied_at_s = self._committed_at_s = time.monotonic()
-        self._copied = True
+        self._copied = self._told_of_copy = True
 
     def __enter__(self) -> Self:
         self.cursor = self._begin_session()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._producer is not None and self._open is not None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._producer is None or self._open is None:
+            return
+        if kind is not RecordRefusedError:  # after which the next session begins at once
             # Else readers of what is committed would wait for the transaction's timeout.
             with suppress(KafkaException):
                 self._producer.abort_transaction(SLICE_S)
@@ -92,27 +115,33 @@ class ExactlyOnce:
     @property
     def idle_for_s(self) -> float:
         """How long a lane without news may leave us alone."""
-        return 1.0 if self._copied and self._moved is None else COPY_INTERVAL_S / 2
+        settled = self._copied and self._told_of_copy and self._moved is None
+        return 1.0 if settled else COPY_INTERVAL_S / 2
 
     def send(self, chunk: Chunk) -> None:
-        """Hand a chunk to Kafka; it is committed by the next `send` or `settle`.
+        """Hand a chunk to Kafka; it is committed by `settle`, or with others of a backlog.
 
         Raises:
             PublishError: Kafka is in trouble; the session is over.
             RecordRefusedError: Kafka refused a record; the session is over.
         """
-        self.settle()
-        self._begin(chunk, self.cursor.step(chunk.position, len(chunk.rows)))
+        transaction = self._open or self._begin(chunk.oldest_age_s)
+        transaction.cursor = replace(transaction.cursor, position=chunk.position)
+        self._produce(transaction, chunk)
+        full = transaction.rows >= TRANSACTION_MAX_ROWS
+        if full or time.monotonic() - transaction.begun_at_s >= TRANSACTION_MAX_S:
+            self.settle()
 
     def move(self, position: Position) -> None:
         """Note that nothing is to be published up to `position`; committed a little later."""
         self._moved = position
 
-    def publish_released(self, chunk: Chunk) -> None:
-        """Publish and commit quarantined events, whose ids the cursor then carries."""
-        released = tuple(row.id for row in chunk.rows)
-        step = self.cursor.step(self.cursor.position, len(chunk.rows), released)
-        self._begin(chunk, step)
+    def publish_released(self, row: Row) -> None:
+        """Publish and commit a quarantined event, whose id the cursor then carries."""
+        self.settle()
+        transaction = self._begin(0.0)
+        transaction.cursor = replace(transaction.cursor, released=(row[0],))
+        self._produce(transaction, Chunk([row], self.cursor.position))
         self.settle()
 
     def settle(self) -> None:
@@ -121,11 +150,10 @@ class ExactlyOnce:
         Raises:
             PublishError, RecordRefusedError: as `send`.
         """
-        now_s = time.monotonic()
-        if self._open is None and self._moved and now_s - self._committed_at_s >= COPY_INTERVAL_S:
-            self._begin(Chunk((), self._moved), self.cursor.step(self._moved))
         if self._open is not None:
             self._commit(self._open)
+        elif time.monotonic() - self._committed_at_s >= COPY_INTERVAL_S:
+            self._commit_cursor()
         if not self._copied and time.monotonic() - self._copied_at_s >= COPY_INTERVAL_S:
             self._copy()
 
@@ -134,57 +162,103 @@ class ExactlyOnce:
         self.settle()
         if not self._copied:
             self._copy()
+        self._commit_cursor()
+
+    def _commit_cursor(self) -> None:
+        """Commit what the cursor alone has to tell: another position, or its copy in Postgres."""
+        if self._moved is not None:
+            moved = self._moved
+            transaction = self._begin(0.0)
+            transaction.cursor = replace(transaction.cursor, position=moved)
+            self._commit(transaction)
+        elif self._copied and not self._told_of_copy:
+            self._commit(self._begin(0.0))
+            # Another copy would be something to tell of again, and so on.
+            self._copied = True
 
     def wait(self, _timeout_s: float) -> bool:
         """Wait for what is on its way: nothing ever is, a commit has waited."""
         return False
 
-    def _begin(self, chunk: Chunk, cursor: Cursor) -> None:
+    def _begin(self, oldest_age_s: float) -> _Transaction:
         assert self._producer is not None, "the session is open"  # noqa: S101
-        channel = self._channel
+        wait_s = self._committed_at_s + MARKERS_S - time.monotonic()
+        if wait_s > 0:
+            time.sleep(wait_s)
         try:
             self._producer.begin_transaction()
-            self._open = _Transaction(chunk, cursor, time.monotonic())
-            produce(self._producer, channel, chunk.rows, self._delivered)
-            self._producer.produce(
-                channel.settings.cursor_topic,
-                partition=0,
-                key=channel.topic,
-                value=replace(cursor, offsets=self._offsets).to_json(),
-                on_delivery=self._cursor_delivered,
-            )
+        except KafkaException as error:
+            raise failure(reason(error), ()) from error
+        step = self.cursor.step(self.cursor.position)
+        self._open = _Transaction(step, time.monotonic(), oldest_age_s)
+        self._moved = None
+        return self._open
+
+    def _produce(self, transaction: _Transaction, chunk: Chunk) -> None:
+        assert self._producer is not None, "the session is open"  # noqa: S101
+        count = len(chunk.rows)
+        transaction.first_rows = transaction.first_rows or chunk.rows
+        transaction.rows += count
+        rows = transaction.cursor.published_rows + count
+        transaction.cursor = replace(transaction.cursor, published_rows=rows)
+        try:
+            produce(self._producer, self._channel, chunk.rows, self._failed)
+            self._producer.poll(0)
         except KafkaException as error:
             raise failure(reason(error), chunk.rows) from error
-        self._moved = None
 
     def _commit(self, transaction: _Transaction) -> None:
+        self._produce_cursor(transaction.cursor)
+        self._complete(transaction)
+        self._open, self.cursor, self._copied = None, transaction.cursor, False
+        self._told_of_copy = True
+        self._committed_at_s = time.monotonic()
+        age_s = transaction.oldest_age_s + self._committed_at_s - transaction.begun_at_s
+        if transaction.rows:
+            self._channel.published(transaction.rows, age_s)
+
+    def _produce_cursor(self, cursor: Cursor) -> None:
+        assert self._producer is not None, "the session is open"  # noqa: S101
+        try:
+            self._producer.produce(
+                self._channel.settings.cursor_topic,
+                partition=0,
+                key=self._channel.topic,
+                value=replace(
+                    cursor, offsets=self._offsets, copied_sequence=self._store.saved.sequence
+                ).to_json(),
+                on_delivery=self._cursor_failed,
+            )
+        except KafkaException as error:
+            said = reason(error)
+            raise PublishError(f"{said.name()}: {said.str()}") from error
+
+    def _complete(self, transaction: _Transaction) -> None:
         assert self._producer is not None, "the session is open"  # noqa: S101
         deadline_s = time.monotonic() + COMMIT_WITHIN_S
+        # A commit does this too, but a refused record would cost it the whole of its time.
+        while self._producer.flush(FLUSH_SLICE_S) > 0 and self._failure is None:
+            self._channel.go_on()
+            if time.monotonic() > deadline_s:
+                raise PublishError("records were not acknowledged in time")
+        if self._failure is not None:
+            raise failure(self._failure, transaction.first_rows if transaction.rows == 1 else ())
         while True:
             try:
                 self._producer.commit_transaction(SLICE_S)
-                break
             except KafkaException as error:
-                if self._failure is not None:
-                    raise failure(self._failure, transaction.chunk.rows) from error
                 said = reason(error)
                 # Timed out: the same commit goes on. Everything else ends the session.
                 if said.code() != KafkaError._TIMED_OUT or time.monotonic() > deadline_s:  # noqa: SLF001
                     raise PublishError(f"{said.name()}: {said.str()}") from error
                 self._channel.go_on()
-        self._open, self.cursor, self._copied = None, transaction.cursor, False
-        self._committed_at_s = time.monotonic()
-        rows = len(transaction.chunk.rows)
-        age_s = transaction.chunk.oldest_age_s + self._committed_at_s - transaction.sent_at_s
-        self._channel.published(rows, age_s)
+            else:
+                return
 
-    def _delivered(self, error: KafkaError | None, message: Message) -> None:
-        if error is None:
-            self._offsets[str(message.partition())] = message.offset()  # type: ignore[assignment]
-        elif self._failure is None:
-            self._failure = error
+    def _failed(self, error: KafkaError | None, _: Message) -> None:
+        self._failure = self._failure or error
 
-    def _cursor_delivered(self, error: KafkaError | None, _: Message) -> None:
+    def _cursor_failed(self, error: KafkaError | None, _: Message) -> None:
         # Never a reason to quarantine events: whatever it is, it is not theirs.
         if error is not None and self._failure is None:
             self._failure = KafkaError(
@@ -193,23 +267,38 @@ class ExactlyOnce:
             )
 
     def _copy(self) -> None:
+        self._take_offsets()
         self._store.save(self.cursor, DELIVERY, durably=True)
         self._copied, self._copied_at_s = True, time.monotonic()
+        self._told_of_copy = False
+
+    def _take_offsets(self) -> None:
+        """Note where the topic's partitions ended when we last asked, and ask again."""
+        for partition, future in self._asked.items():
+            if future.done() and future.exception() is None:
+                self._offsets[str(partition.partition)] = int(future.result().offset)
+        assert self._admin is not None, "the session is open"  # noqa: S101
+        self._asked = self._admin.list_offsets(
+            {TopicPartition(self._channel.topic, number): LATEST for number in self._partitions},
+            isolation_level=IsolationLevel.READ_UNCOMMITTED,
+            request_timeout=REQUEST_TIMEOUT_S,
+        )
 
     def _begin_session(self) -> Cursor:
         """Fence all earlier producers of the topic and return where they came to."""
         channel = self._channel
         server = leadership.examine(channel.connection)
         stored = self._store.load(server, DELIVERY)
-        admin = channel.admin()
+        admin = self._admin = channel.admin()
         try:
             kafka_cluster_id = cluster_id(admin, channel.topic, channel.settings.cursor_topic)
-            topic_id = _topic_id(admin, channel.topic)
+            topic_id, self._partitions = _describe(admin, channel.topic)
             records = CursorRecords(channel.settings, channel.topic, admin, channel.go_on)
 
             def checked(in_kafka: Cursor | None) -> Cursor:
+                refuse_another_kafka(stored.cursor, kafka_cluster_id)
                 found = newest(stored, in_kafka, channel.topic)
-                return refuse_another_history(channel.connection, found, server, kafka_cluster_id)
+                return refuse_another_history(channel.connection, found, server)
 
             # Before anything is fenced: a copy of the database must not disturb the original.
             checked(records.read(to_the_end=False))
@@ -228,7 +317,7 @@ class ExactlyOnce:
         if stored.delivery != DELIVERY:
             cursor = cursor.next_generation()
             self._store.save(cursor, DELIVERY, durably=True)
-        return replace(cursor, topic_id=topic_id)
+        return replace(cursor, topic_id=topic_id, kafka_cluster_id=kafka_cluster_id)
 
     def _fencing_producer(self, admin: AdminClient, transactional_id: str) -> Producer:
         channel = self._channel
@@ -286,6 +375,7 @@ class CursorRecords:
                 "group.id": "outbox-relay",
                 "enable.auto.commit": False,
                 "enable.partition.eof": True,
+                "fetch.wait.max.ms": 5,
                 "auto.offset.reset": "error",
                 "isolation.level": "read_committed",
                 "log_level": 0,
@@ -362,9 +452,11 @@ def cluster_id(admin: AdminClient, *topics: str) -> str:
     return str(found.cluster_id)
 
 
-def _topic_id(admin: AdminClient, topic: str) -> str:
+def _describe(admin: AdminClient, topic: str) -> tuple[str, Sequence[int]]:
+    """Return the topic's id, which another topic of its name hasn't, and its partitions."""
     future = admin.describe_topics(TopicCollection([topic]), request_timeout=REQUEST_TIMEOUT_S)
-    return str(future[topic].result(REQUEST_TIMEOUT_S).topic_id)
+    found = future[topic].result(REQUEST_TIMEOUT_S)
+    return str(found.topic_id), [partition.id for partition in found.partitions]
 
 
 def _refuse_lost_events(admin: AdminClient, topic: str, cursor: Cursor, topic_id: str) -> None:
@@ -386,7 +478,7 @@ def _refuse_lost_events(admin: AdminClient, topic: str, cursor: Cursor, topic_id
     )
     for partition, future in futures.items():
         end = future.result(REQUEST_TIMEOUT_S).offset
-        if end <= cursor.offsets[str(partition.partition)]:
+        if end < cursor.offsets[str(partition.partition)]:
             raise RefusedError(
                 f"topic {topic} has lost events: partition {partition.partition} ends at {end}."
                 f" {REMEDY}"

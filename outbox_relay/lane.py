@@ -31,6 +31,8 @@ HOT_PAUSE_S = 0.001
 # How often a lane looks for what else there may be to do than news.
 EXTRA_INTERVAL_S = 1.0
 FINISH_WITHIN_S = 4.0
+# At a time: the others shall not wait long for those that were released.
+RELEASE_MAX_ROWS = 100
 
 Delivery = AtLeastOnce | ExactlyOnce
 
@@ -60,6 +62,14 @@ class Lane(threading.Thread):
         # Behind a refused record few rows at a time, until it is found; then more again.
         self._chunk_rows = settings.outbox_relay_chunk_max_rows
         self._last_news_s = self._last_extra_s = time.monotonic()
+        self._waits_since_s: float | None = None
+
+    @property
+    def kafka_away_s(self) -> float:
+        """How long Kafka has not done what this lane asked for."""
+        since_s = self._waits_since_s
+        waits_s = 0.0 if since_s is None else time.monotonic() - since_s
+        return max(self.outage.lasted_s, waits_s)
 
     def stop(self, within_s: float = FINISH_WITHIN_S) -> None:
         """Ask it to end; what is in flight may take `within_s` seconds."""
@@ -125,13 +135,11 @@ class Lane(threading.Thread):
             try:
                 yield delivery, quarantine
             except RecordRefusedError as error:
-                if len(error.rows) > 1:
+                if error.row is None:
                     raise
-                (row,) = error.rows
-                quarantine.take(row, str(error))
-                log.warning(
-                    "quarantined", topic=self.topic, id=row.id, key=row.key, error=str(error)
-                )
+                quarantine.take(error.row, str(error))
+                row_id, key, *_ = error.row
+                log.warning("quarantined", topic=self.topic, id=row_id, key=key, error=str(error))
 
     def _step(
         self,
@@ -160,6 +168,7 @@ class Lane(threading.Thread):
             self._send(delivery, quarantine.divert(chunk))
             return chunk.position
         delivery.settle()
+        self._waits_since_s = None
         self.outage.end_of(Exception)
         self._pause(delivery)
         return position
@@ -185,10 +194,14 @@ class Lane(threading.Thread):
     ) -> Position:
         """Do what a topic without news still needs: released events, a cursor that keeps up."""
         self._last_extra_s = time.monotonic()
-        for row in quarantine.ready() if quarantine else ():
-            delivery.publish_released(Chunk([row], position))
-            quarantine.published([row])
-            log.info("released", topic=self.topic, id=row.id, key=row.key)
+        released = 0
+        while quarantine and released < RELEASE_MAX_ROWS and (ready := quarantine.ready()):
+            for row in ready:
+                delivery.publish_released(row)
+                quarantine.published([row])
+            released += len(ready)
+        if released:
+            log.info("released", topic=self.topic, events=released)
         passed = reader.skip_other_topics(connection, position, self.topic)
         if passed != position:
             delivery.move(passed)
@@ -200,6 +213,7 @@ class Lane(threading.Thread):
         self.news.wait(delivery.idle_for_s if self.asleep else HOT_PAUSE_S)
 
     def _published(self, rows: int, oldest_age_s: float) -> None:
+        self._waits_since_s = None
         self.outage.end_of(Exception)
         self._brokers.recovered()
         self._metrics.published(self.topic, rows, oldest_age_s)
@@ -210,5 +224,6 @@ class Lane(threading.Thread):
     def _go_on(self) -> None:
         """Be called in every wait for Kafka: it is progress, until we are to stop."""
         self._progress()
+        self._waits_since_s = self._waits_since_s or time.monotonic()
         if self._stopping.is_set() and time.monotonic() > self._stop_by_s:
             raise StoppedError

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import psycopg
-from psycopg.abc import Buffer
-from psycopg.adapt import Loader
-from psycopg.pq import Format
 from psycopg.rows import dict_row
+from psycopg.types.string import ByteaBinaryLoader
 
 from outbox_relay import pooler, sql
 
@@ -30,15 +28,6 @@ KEEPALIVES: dict[str, Any] = {
 
 class RefusedError(Exception):
     """Going on could lose or double events; the message says why and what to do."""
-
-
-class _JsonBytes(Loader):
-    """A payload as its bytes: parsing and writing it again would change it."""
-
-    format = Format.BINARY
-
-    def load(self, data: Buffer) -> bytes:
-        return bytes(data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +62,8 @@ def connect(database_url: str) -> psycopg.Connection:
     if why := pooler.found_in(connection):
         connection.close()
         raise RefusedError(why)
-    connection.adapters.register_loader("json", _JsonBytes)
+    # A payload as its bytes: parsing and writing it again would change it.
+    connection.adapters.register_loader("json", ByteaBinaryLoader)
     return connection
 
 

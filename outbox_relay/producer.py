@@ -1,10 +1,10 @@
 """How records go to Kafka: the settings that the guarantees stand on, and what a failure means."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Any
 
+import msgspec
 import psycopg
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without a word
@@ -46,6 +46,8 @@ REFUSALS = frozenset(
     }
 )
 
+HEADERS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(dict[str, str])
+
 Delivered = Callable[[KafkaError | None, Message], None]
 
 
@@ -54,11 +56,11 @@ class PublishError(Exception):
 
 
 class RecordRefusedError(Exception):
-    """Kafka refused records for themselves: one of `rows`, or all of them."""
+    """Kafka refused a record for itself: `row`, when it was sent alone."""
 
-    def __init__(self, error: KafkaError, rows: Sequence[Row]) -> None:
+    def __init__(self, error: KafkaError, row: Row | None) -> None:
         super().__init__(error.str())
-        self.rows = rows
+        self.row = row
 
 
 class StoppedError(Exception):
@@ -92,9 +94,9 @@ class Channel:
 
 
 def failure(error: KafkaError, rows: Sequence[Row]) -> Exception:
-    """Return the exception for what Kafka said of `rows`."""
+    """Return the exception for what Kafka said of one of `rows`."""
     if error.code() in REFUSALS:
-        return RecordRefusedError(error, rows)
+        return RecordRefusedError(error, rows[0] if len(rows) == 1 else None)
     return PublishError(f"{error.name()}: {error.str()}")
 
 
@@ -115,6 +117,8 @@ def make_producer(
             **GUARANTEED_PRODUCER_PROPERTIES,
             **more,
             "error_cb": on_broker_error,
+            # A call for each acknowledgement would cost as much as reading the row.
+            "delivery.report.only.error": True,
             # librdkafka's own lines would flood the log in an outage; error_cb tells of it.
             "log_level": 0,
         }
@@ -144,32 +148,25 @@ def batch_size(admin: AdminClient, topic: str) -> Mapping[str, str | int | bool]
     return {"batch.size": min(int(allowed), MESSAGE_MAX_BYTES)}
 
 
-def produce(
-    producer: Producer, channel: Channel, rows: Sequence[Row], delivered: Delivered
-) -> None:
+def produce(producer: Producer, channel: Channel, rows: Sequence[Row], failed: Delivered) -> None:
     """Hand records to the client in order; where its queue is full, wait for acknowledgements.
+
+    `failed` is told of those that Kafka doesn't take, and of no others: `producer` has none waiting
+    when all are acknowledged.
 
     Raises:
         KafkaException: the client refused the record.
     """
-    send, topic = producer.produce, channel.topic
-    for _, key, payload, headers in rows:
+    send, topic, decode = producer.produce, channel.topic, HEADERS.decode
+    for _, key, payload, headers, _ in rows:
         while True:
             try:
-                send(
-                    topic, value=payload, key=key, headers=_headers(headers), on_delivery=delivered
-                )
+                send(topic, payload, key, headers=decode(headers), on_delivery=failed)
             except BufferError:
                 producer.poll(SLICE_S)
                 channel.go_on()
             else:
                 break
-
-
-@lru_cache(maxsize=1024)
-def _headers(text: str) -> list[tuple[str, str | bytes | None]]:
-    """Return Kafka's form of a row's headers; most rows of an outbox carry the same ones."""
-    return [(name, value) for name, value in json.loads(text).items()]
 
 
 def reason(error: KafkaException) -> KafkaError:

@@ -16,7 +16,7 @@ from outbox_relay.leadership import RefusedError
 from outbox_relay.reader import Chunk, Row
 
 LIST_MAX_ROWS = 10_000
-RELEASE_MAX_ROWS = 100
+READY_MAX_KEYS = 100
 
 
 class Quarantine:
@@ -38,31 +38,32 @@ class Quarantine:
 
     def divert(self, chunk: Chunk) -> Chunk:
         """Return the chunk without the events whose keys wait; those are in the table then."""
-        waiting = [row.id for row in chunk.rows if row.key in self._keys]
+        keys = self._keys
+        waiting = [row[0] for row in chunk.rows if row[1] in keys] if keys else []
         if not waiting:
             return chunk
         self._insert(waiting, None)
-        rows = [row for row in chunk.rows if row.key not in self._keys]
+        rows = [row for row in chunk.rows if row[1] not in keys]
         return Chunk(rows, chunk.position, chunk.oldest_age_s)
 
     def take(self, row: Row, error: str) -> None:
         """Let `row` step aside, or stay aside; from now on the later ones of its key do too."""
-        self._insert([row.id], error)
+        self._insert([row[0]], error)
         self._connection.execute(
-            sql.QUARANTINE_REFUSED, {**self._named, "id": row.id, "error": error}
+            sql.QUARANTINE_REFUSED, {**self._named, "id": row[0], "error": error}
         )
-        self._keys.add(row.key)
+        self._keys.add(row[1])
 
     def ready(self) -> list[Row]:
         """Return events that may be tried now, at most one of a key."""
         found = self._connection.execute(
-            sql.QUARANTINE_READY, {**self._named, "max_rows": RELEASE_MAX_ROWS}, binary=True
+            sql.QUARANTINE_READY, {**self._named, "max_rows": READY_MAX_KEYS}, binary=True
         )
-        return [Row(*columns) for columns in found]
+        return found.fetchall()
 
     def published(self, rows: Sequence[Row]) -> None:
         """Remove what Kafka has taken."""
-        ids = [row.id for row in rows]
+        ids = [row[0] for row in rows]
         self._connection.execute(sql.QUARANTINE_PUBLISHED, {**self._named, "ids": ids})
         self.load()
 

@@ -174,7 +174,7 @@ class Relay:
         Raises:
             KafkaAwayError: no broker has answered us.
         """
-        if all(lane.outage.lasted_s < KAFKA_AWAY_S for lane in lanes.values()):
+        if all(lane.kafka_away_s < KAFKA_AWAY_S for lane in lanes.values()):
             return
         admin = AdminClient({**self.settings.kafka_properties(), "log_level": 0})
         try:

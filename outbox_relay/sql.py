@@ -176,7 +176,9 @@ WITH fresh AS MATERIALIZED (
            extract(epoch FROM clock_timestamp() - min(created_at))::float8 AS oldest_age_s
     FROM fresh HAVING count(*) > 0
 )
-SELECT measured.id, key, payload, headers::text, snapshot, wal_lsn, batch_rows, oldest_age_s
+SELECT measured.id, key, payload, headers::text,
+       CASE WHEN bytes_before = 0
+            THEN ARRAY[snapshot, wal_lsn, batch_rows::text, oldest_age_s::text] END AS told_once
 FROM measured LEFT JOIN once ON bytes_before = 0
 WHERE bytes_before < %(max_bytes)s
 ORDER BY measured.id
@@ -228,7 +230,7 @@ WITH chunk AS MATERIALIZED (
 )
 SELECT id, key, payload, headers::text,
        CASE WHEN bytes_before = 0
-            THEN extract(epoch FROM clock_timestamp() - created_at)::float8 END
+            THEN ARRAY[extract(epoch FROM clock_timestamp() - created_at)::text] END AS told_once
 FROM measured WHERE bytes_before < %(max_bytes)s ORDER BY id
 """
 
@@ -311,7 +313,7 @@ ON CONFLICT (relay_name, id) DO NOTHING
 
 # The first of each key, when it may be tried: an operator released it, or nothing is in its way.
 QUARANTINE_READY = """
-SELECT id, key, payload, headers::text FROM (
+SELECT id, key, payload, headers::text, NULL::text[] FROM (
     SELECT DISTINCT ON (key) id, key, payload, headers, error, released_at
     FROM outbox_relay_quarantine
     WHERE relay_name = %(name)s AND topic = %(topic)s

@@ -211,7 +211,6 @@ def insert_one_oversize(outbox: ExactlyOnceOutbox) -> int:
     return int(found[0])
 
 
-@pytest.mark.xfail(strict=True, reason="a released key's events come one a second")
 def test_what_kafka_refuses_waits_with_the_later_ones_of_its_key_until_it_is_released(
     reservation_database: ReservationDatabase,
     breakable_kafka: BreakableKafka,

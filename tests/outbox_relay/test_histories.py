@@ -34,13 +34,6 @@ from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.needs_postgres, pytest.mark.needs_kafka]
 
-OVERTAKEN = pytest.mark.xfail(
-    strict=True,
-    reason="a restored database whose WAL has grown beyond the cursor's is taken for it",
-)
-UNREADABLE = pytest.mark.xfail(
-    strict=True, reason="without the right to read the history the relay waits instead of refusing"
-)
 REFUSAL_TIMEOUT_S = 30.0
 RESUME = "outbox-relay resume --from-id N"
 CAUGHT_UP = "SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn"
@@ -172,7 +165,6 @@ def overtake(outbox: ExactlyOnceOutbox) -> None:
         connection.execute(OVERTAKE)
 
 
-@UNREADABLE
 def test_a_standby_promoted_behind_is_refused_and_resume_loses_nothing(
     outbox: ExactlyOnceOutbox,
     primary: PostgresServer,
@@ -206,7 +198,7 @@ def test_a_standby_promoted_behind_is_refused_and_resume_loses_nothing(
     "proof",
     [
         pytest.param(True, id="with proof"),
-        pytest.param(False, id="without proof", marks=UNREADABLE),
+        pytest.param(False, id="without proof"),
     ],
 )
 def test_a_standby_promoted_with_everything_is_gone_on_with_where_its_history_proves_it(
@@ -236,7 +228,6 @@ def test_a_standby_promoted_with_everything_is_gone_on_with_where_its_history_pr
         refuse(there, RESUME)
 
 
-@OVERTAKEN
 @pytest.mark.parametrize("overtaken", [False, True], ids=["behind", "overtaken"])
 def test_a_database_restored_to_an_earlier_time_is_refused(
     outbox: ExactlyOnceOutbox,
@@ -264,7 +255,7 @@ def test_a_database_restored_to_an_earlier_time_is_refused(
     "overtaken",
     [
         pytest.param(False, id="behind"),
-        pytest.param(True, id="overtaken", marks=OVERTAKEN),
+        pytest.param(True, id="overtaken"),
     ],
 )
 def test_a_copy_of_the_data_folder_run_elsewhere_neither_publishes_nor_disturbs_production(

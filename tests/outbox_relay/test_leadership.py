@@ -12,7 +12,6 @@ from tests.databases import ReservationDatabase
 
 DELIVERY = "at_least_once"
 TOPIC = "concert-reservation"
-KAFKA = "a-cluster"
 
 
 def begin(connection: psycopg.Connection) -> tuple[Store, Cursor]:
@@ -68,7 +67,6 @@ def test_one_session_holds_the_lock_of_a_name_until_it_ends(
         ("timeline = '0000000A'", "another timeline"),
         ("wal_lsn = 'FFFF/0'", "an earlier state"),
         ("published_snapshot = '999999999:999999999:'", "an earlier state"),
-        ("kafka_cluster_id = 'another'", "another Kafka cluster"),
     ],
 )
 def test_a_cursor_of_another_history_is_refused_and_resume_is_named(
@@ -80,7 +78,7 @@ def test_a_cursor_of_another_history_is_refused_and_resume_is_named(
         _, cursor = begin(connection)
         server = leadership.examine(connection)
         with pytest.raises(RefusedError, match=told) as refusal:
-            refuse_another_history(connection, cursor, server, KAFKA)
+            refuse_another_history(connection, cursor, server)
         assert "outbox-relay resume --from-id N" in str(refusal.value)
 
 

@@ -25,7 +25,7 @@ WHERE datname = current_database() AND application_name = 'outbox-relay'
 LOCKED_OUT = """
 SELECT count(*) FROM pg_stat_activity
 WHERE datname = current_database() AND application_name = 'outbox-relay'
-  AND wait_event_type = 'Lock' AND query LIKE '%bytes_before%'
+  AND wait_event_type = 'Lock' AND query LIKE '%WITH fresh%'
 """
 SENDING = """
 SELECT count(*) FROM pg_stat_activity

@@ -49,7 +49,7 @@ def read_all(
         if chunk.position == position:
             return numbers, position
         assert len(chunk.rows) <= max_rows
-        numbers += [json.loads(row.payload) for row in chunk.rows]
+        numbers += [json.loads(row[2]) for row in chunk.rows]
         position = chunk.position
 
 
@@ -119,7 +119,7 @@ def test_a_big_batch_is_read_to_its_end_with_one_snapshot_from_any_stored_positi
         for _ in range(2):
             numbers, _ = read_all(connection, chunk.position, max_rows=10)
             assert numbers == [*range(11, 26), 0, 26]
-        assert [json.loads(row.payload) for row in chunk.rows] == list(range(1, 11))
+        assert [json.loads(row[2]) for row in chunk.rows] == list(range(1, 11))
 
 
 @pytest.mark.parametrize("rows", [9, 10, 11, 20, 21])
