@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -128,3 +130,29 @@ def test_what_postgres_itself_refuses_is_no_pooler_s_doing(
     with pytest.raises(psycopg.OperationalError) as refusal:
         leadership.connect(wrong)
     assert pooler.told_by(refusal.value) is None
+
+
+@pytest.mark.parametrize("ignored", ["options,extra_float_digits", "extra_float_digits"])
+@pytest.mark.parametrize("command", ["run", "status"])
+def test_the_command_refuses_with_one_line_that_says_where_to_go(
+    reservation_database: ReservationDatabase,
+    make_pgbouncer: MakePgBouncer,
+    command: str,
+    ignored: str,
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "outbox_relay", command],
+        env={
+            "OUTBOX_RELAY_DATABASE_URL": make_pgbouncer(
+                reservation_database, "transaction", ignored
+            ),
+            "KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    assert "past PgBouncer" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
