@@ -129,7 +129,7 @@ class Settings(KafkaSettings):
     # Well below the idle_session_timeout of sql.SESSION_OPTIONS.
     outbox_relay_poll_interval_ms: Annotated[
         int, Field(ge=1, le=2_000, description="1 to 2000 milliseconds")
-    ] = 20
+    ] = 22
 
     # Set by systemd.
     notify_socket: Annotated[str, Field(description="a socket's path, or @name")] = ""

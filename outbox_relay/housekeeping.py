@@ -16,7 +16,7 @@ from outbox_relay.metrics import Metrics
 from outbox_relay.outages import Outage
 from outbox_relay.retention import Retention
 
-INTERVAL_S = 3.0
+INTERVAL_S = 5.0
 # A step may make another one possible; a bound, so that the metrics get their turn.
 STEPS_AT_ONCE = 8
 
