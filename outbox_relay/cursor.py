@@ -192,15 +192,10 @@ def newest(stored: Stored, in_kafka: Cursor | None, topic: str) -> Cursor:
     """Return the one of the two cursors that counts.
 
     Raises:
-        RefusedError: one of both systems lost what the other knows of.
+        RefusedError: Kafka lost what the database knows of.
     """
     ours = stored.cursor
-    if in_kafka is not None and in_kafka.generation > ours.generation:
-        raise RefusedError(
-            f"Kafka has a cursor of topic {topic} that this database doesn't know of: the database"
-            f" was restored, or another one has a relay of this name. {REMEDY}"
-        )
-    if in_kafka is None or in_kafka.generation < ours.generation:
+    if in_kafka is None or in_kafka.generation < ours.generation:  # replaced since, or none yet
         if stored.delivery == "exactly_once" and ours.sequence > 0:
             raise RefusedError(
                 f"Kafka has lost the cursor of topic {topic} that this database has a copy of. "
@@ -212,12 +207,24 @@ def newest(stored: Stored, in_kafka: Cursor | None, topic: str) -> Cursor:
             f"Kafka's cursor of topic {topic} is older than the copy of it in this database:"
             f" Kafka has lost data. {REMEDY}"
         )
-    if ours.sequence < in_kafka.copied_sequence:
+    return in_kafka
+
+
+def refuse_restored(ours: Cursor, in_kafka: Cursor | None, topic: str) -> None:
+    """Refuse when Kafka tells of a newer copy of its cursor than this database has.
+
+    Raises:
+        RefusedError: the database was restored, or is an old copy of the one that publishes.
+    """
+    if in_kafka is None:
+        return
+    known = (in_kafka.generation, in_kafka.copied_sequence)
+    if known > (ours.generation, ours.sequence):
         raise RefusedError(
             f"Kafka's cursor of topic {topic} tells of a newer copy than this database has: it was"
-            f" restored to an earlier state, or is an old copy of the one that publishes. {REMEDY}"
+            " restored to an earlier state, or another database has a relay of this name."
+            f" {REMEDY}"
         )
-    return in_kafka
 
 
 def refuse_another_kafka(cursor: Cursor, kafka_cluster_id: str) -> None:

@@ -39,6 +39,7 @@ from outbox_relay.cursor import (
     newest,
     refuse_another_history,
     refuse_another_kafka,
+    refuse_restored,
 )
 from outbox_relay.leadership import RefusedError
 from outbox_relay.producer import (
@@ -61,7 +62,7 @@ COMMIT_WITHIN_S = 30.0
 FLUSH_SLICE_S = 0.05
 COPY_INTERVAL_S = 1.0
 # A backlog is committed in portions, not in chunks: every commit costs some 10 ms.
-TRANSACTION_MAX_ROWS = 20_000
+TRANSACTION_MAX_CHUNKS = 4
 TRANSACTION_MAX_S = 0.5
 # After a commit Kafka still writes its markers; who begins meanwhile is sent away for 20 ms.
 MARKERS_S = 0.002
@@ -128,7 +129,8 @@ class ExactlyOnce:
         transaction = self._open or self._begin(chunk.oldest_age_s)
         transaction.cursor = replace(transaction.cursor, position=chunk.position)
         self._produce(transaction, chunk)
-        full = transaction.rows >= TRANSACTION_MAX_ROWS
+        max_rows = self._channel.settings.outbox_relay_chunk_max_rows * TRANSACTION_MAX_CHUNKS
+        full = transaction.rows >= max_rows
         if full or time.monotonic() - transaction.begun_at_s >= TRANSACTION_MAX_S:
             self.settle()
 
@@ -297,13 +299,16 @@ class ExactlyOnce:
 
             def checked(in_kafka: Cursor | None) -> Cursor:
                 refuse_another_kafka(stored.cursor, kafka_cluster_id)
-                found = newest(stored, in_kafka, channel.topic)
-                return refuse_another_history(channel.connection, found, server)
+                refuse_restored(stored.cursor, in_kafka, channel.topic)
+                replaced = in_kafka and in_kafka.generation < stored.cursor.generation
+                counts = stored.cursor if in_kafka is None or replaced else in_kafka
+                return refuse_another_history(channel.connection, counts, server)
 
             # Before anything is fenced: a copy of the database must not disturb the original.
             checked(records.read(to_the_end=False))
             self._producer = self._fencing_producer(admin, transactional_id(channel, server))
-            cursor = checked(records.read(to_the_end=True))
+            in_kafka = records.read(to_the_end=True)
+            cursor = checked(newest(stored, in_kafka, channel.topic))
             _refuse_lost_events(admin, channel.topic, cursor, topic_id)
         except KafkaException as error:
             said = reason(error)
