@@ -98,16 +98,18 @@ def show_status(*, as_json: bool) -> None:
 @cli.command()
 @click.option("--from-id", type=click.IntRange(min=1), required=True, help="first row to publish")
 @click.option("--apply", is_flag=True, help="do it; else only show what would be done")
-def resume(from_id: int, *, apply: bool) -> None:
+@click.option("--topic", help="only this topic; else all of them")
+def resume(from_id: int, topic: str | None, *, apply: bool) -> None:
     """Accept this database's history after a restore or promotion and go on from a row."""
     settings = load(Settings)
     with leadership.connect(settings.database_url) as connection:
         status.refuse_while_running(connection, settings.outbox_relay_name)
         generation = exactly_once.newest_generation(settings, connection)
-        done = status.resume(connection, settings, generation, from_id, apply=apply)
+        done = status.resume(connection, settings, generation, from_id, topic, apply=apply)
     click.echo(
         f"{'done' if apply else 'would be done (nothing changed; --apply does it)'}:"
-        f" publish {done['publishes_rows']} committed rows from id {from_id} on,"
+        f" publish {done['publishes_rows']} committed rows from id {from_id} on"
+        f" ({done['repeats_rows']} of them again, as far as the cursor knows),"
         f" skip {done['skips_rows']} before it"
     )
 
@@ -169,7 +171,16 @@ def _show(found: dict[str, Any], *, as_json: bool) -> None:
         click.echo(json.dumps(found))
         return
     for name, value in found.items():
-        click.echo(f"{name:14} {'-' if value is None else value}")
+        if isinstance(value, dict):
+            for topic, told in value.items():
+                words = ", ".join(f"{what} {_or_dash(found)}" for what, found in told.items())
+                click.echo(f"{name:14} {topic}: {words}")
+        else:
+            click.echo(f"{name:14} {_or_dash(value)}")
+
+
+def _or_dash(value: object) -> object:
+    return "-" if value is None else value
 
 
 def main() -> NoReturn:
@@ -191,8 +202,8 @@ def _exit_code(command: Callable[..., Any]) -> int:
         click.echo(f"outbox-relay: {error}", err=True)
         return 2
     except (RefusedError, psycopg.Error, KafkaException) as error:
-        message = error.args[0].str() if isinstance(error, KafkaException) else str(error).strip()
-        click.echo(f"outbox-relay: {message}", err=True)
+        message = error.args[0].str() if isinstance(error, KafkaException) else str(error)
+        click.echo(f"outbox-relay: {' '.join(message.split())}", err=True)
         return 1
     return 0
 

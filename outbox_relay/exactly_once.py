@@ -43,6 +43,7 @@ from outbox_relay.cursor import (
 )
 from outbox_relay.leadership import RefusedError
 from outbox_relay.producer import (
+    QUIET,
     REQUEST_TIMEOUT_S,
     SLICE_S,
     Channel,
@@ -50,6 +51,7 @@ from outbox_relay.producer import (
     RecordRefusedError,
     batch_size,
     failure,
+    make_admin,
     produce,
     reason,
 )
@@ -383,7 +385,7 @@ class CursorRecords:
                 "fetch.wait.max.ms": 5,
                 "auto.offset.reset": "error",
                 "isolation.level": "read_committed",
-                "log_level": 0,
+                **QUIET,
             }
         )
         try:
@@ -433,7 +435,7 @@ def newest_generation(settings: Settings, connection: psycopg.Connection) -> int
     Raises:
         KafkaException: Kafka can't be reached.
     """
-    admin = AdminClient({**settings.kafka_properties(), "log_level": 0})
+    admin = make_admin(settings.kafka_properties())
     newest_found = 0
     if settings.cursor_topic not in admin.list_topics(timeout=REQUEST_TIMEOUT_S).topics:
         return newest_found

@@ -50,7 +50,7 @@ class Lane(threading.Thread):
         self.outage = outage
         self.news = threading.Event()
         self.asleep = False
-        # Whether Postgres lets it work: it has read, or has found Kafka in trouble.
+        # Whether it has come to read: both Postgres and Kafka have let it.
         self.works = False
         self.failure: Exception | None = None
         self._settings = settings
@@ -96,7 +96,6 @@ class Lane(threading.Thread):
         try:
             self._serve()
         except (PublishError, KafkaException) as error:
-            self.works = True
             self.outage.tell(error)
             self._metrics.retried(type(error).__name__, self.topic)
             self._stopping.wait(self.outage.backoff_s)

@@ -130,8 +130,11 @@ def begin_term(connection: psycopg.Connection, name: str) -> Term:
 
 
 def _one(connection: psycopg.Connection, statement: str) -> dict[str, Any]:
-    with connection.cursor(row_factory=dict_row) as cursor:
-        found = cursor.execute(statement).fetchone()
+    try:
+        with connection.cursor(row_factory=dict_row) as cursor:
+            found = cursor.execute(statement).fetchone()
+    except psycopg.errors.UndefinedTable:
+        found = None
     if found is None:
         raise RefusedError("this database has no outbox; run `reservation-service migrate` first")
     return found

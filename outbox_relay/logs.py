@@ -27,9 +27,10 @@ def configure(level: str) -> None:
         )
     )
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    # librdkafka repeats itself at every attempt to connect; we say once what it comes to.
+    # Both repeat themselves at every attempt; we say once what it comes to.
     if level != "DEBUG":
-        logging.getLogger("librdkafka").setLevel(logging.CRITICAL)
+        for library in ("librdkafka", "psycopg"):
+            logging.getLogger(library).setLevel(logging.CRITICAL + 1)
     structlog.configure(
         processors=[*SHARED, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),

@@ -10,7 +10,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
 # Longer than any statement and wait of a lane, so that only one that hangs is unhealthy.
-HEALTHY_WITHIN_S = 150.0
+HEALTHY_WITHIN_S = 45.0
 BATCH_ROWS_BUCKETS = (1, 10, 100, 1_000, 5_000, 100_000)
 COMMIT_TO_ACK_BUCKETS_S = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),

@@ -10,6 +10,7 @@ from confluent_kafka import KafkaError
 
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 5.0
+TOLD_MAX = 4
 
 log = structlog.get_logger()
 
@@ -21,22 +22,24 @@ class Outage:
         self._place = place
         # The kind, not the error: its traceback would keep the last session's producer alive.
         self._kind: type[Exception] | None = None
-        self._told: set[type[Exception]] = set()
+        self._told: set[tuple[type[Exception], str]] = set()
         self._since_s = 0.0
         self.backoff_s = 0.0
 
     def tell(self, error: Exception) -> None:
-        """Note a failure; each kind is logged once in an outage."""
+        """Note a failure; each is logged once in an outage, and only a few of them."""
         self.backoff_s = min(max(self.backoff_s * 2, BACKOFF_FIRST_S), BACKOFF_MAX_S)
         if self._kind is None:
             self._since_s = time.monotonic()
-        # A server that goes down and comes up again says so in several ways.
-        outage = isinstance(error, psycopg.OperationalError)
-        self._kind = psycopg.OperationalError if outage else type(error)
-        if self._kind not in self._told:
-            reason = self._kind.__name__
-            log.warning("waiting", reason=reason, error=str(error).strip(), **self._place)
-        self._told.add(self._kind)
+        text = " ".join(str(error).split())
+        told = (type(error), text)
+        # A server that goes down and comes up again says so in many ways.
+        if isinstance(error, psycopg.OperationalError):
+            told = (psycopg.OperationalError, "")
+        self._kind = told[0]
+        if told not in self._told and len(self._told) < TOLD_MAX:
+            log.warning("waiting", reason=self._kind.__name__, error=text, **self._place)
+            self._told.add(told)
 
     def end_of(self, *kinds: type[Exception]) -> None:
         """Note that what failed in one of these ways works again."""

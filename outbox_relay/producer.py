@@ -1,5 +1,6 @@
 """How records go to Kafka: the settings that the guarantees stand on, and what a failure means."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,8 @@ REFUSALS = frozenset(
     }
 )
 
+# librdkafka's own lines would flood the log in an outage; we say what it comes to.
+QUIET: Mapping[str, Any] = {"log_level": 0, "logger": logging.getLogger("librdkafka")}
 HEADERS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(dict[str, str])
 
 Delivered = Callable[[KafkaError | None, Message], None]
@@ -85,8 +88,7 @@ class Channel:
 
     def admin(self) -> AdminClient:
         """Return a new admin client; keep it as long as its futures."""
-        properties = self.settings.kafka_properties()
-        return AdminClient({**properties, "client.id": "outbox-relay", "log_level": 0})
+        return make_admin(self.settings.kafka_properties())
 
     def producer(self, more: Mapping[str, str | int | bool]) -> Producer:
         """Return a new producer."""
@@ -119,10 +121,14 @@ def make_producer(
             "error_cb": on_broker_error,
             # A call for each acknowledgement would cost as much as reading the row.
             "delivery.report.only.error": True,
-            # librdkafka's own lines would flood the log in an outage; error_cb tells of it.
-            "log_level": 0,
+            **QUIET,
         }
     )
+
+
+def make_admin(kafka_properties: Mapping[str, str]) -> AdminClient:
+    """Return a new admin client; keep it as long as its futures."""
+    return AdminClient({**kafka_properties, "client.id": "outbox-relay", **QUIET})
 
 
 def check(kafka_properties: Mapping[str, str]) -> None:

@@ -14,18 +14,18 @@ from dataclasses import dataclass, field
 import psycopg
 import structlog
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient
 
 from outbox_relay import leadership, sql
 from outbox_relay.config import Settings
 from outbox_relay.cursor import LostLeadershipError
 from outbox_relay.housekeeping import Housekeeping
 from outbox_relay.lane import Lane
-from outbox_relay.leadership import Term
+from outbox_relay.leadership import RefusedError, Term
 from outbox_relay.metrics import Metrics
 from outbox_relay.news import News
 from outbox_relay.notify import Notifier
 from outbox_relay.outages import Outage
+from outbox_relay.producer import make_admin
 from outbox_relay.stopping import Stop
 
 STANDBY_INTERVAL_S = 0.5
@@ -45,6 +45,17 @@ class KafkaAwayError(Exception):
     """This process can't reach Kafka."""
 
 
+class HangingError(Exception):
+    """A part of this process waits for something that doesn't come."""
+
+
+def works(lanes: dict[str, Lane]) -> bool:
+    """Whether every lane has come to work or waits for its topic, and not all wait."""
+    return any(lane.works for lane in lanes.values()) and all(
+        lane.works or lane.outage.ongoing or lane.failure for lane in lanes.values()
+    )
+
+
 @dataclass(slots=True)
 class Relay:
     """One relay process; `run` returns when `stop` is requested."""
@@ -54,6 +65,8 @@ class Relay:
     metrics: Metrics
     notifier: Notifier
     _outages: dict[str, Outage] = field(init=False, default_factory=dict)
+    _refused: set[str] = field(init=False, default_factory=set)
+    _said_leading: bool = field(init=False, default=False)
 
     def run(self) -> None:
         """Serve terms until stopped; what ends a term is waited for here.
@@ -67,12 +80,12 @@ class Relay:
         while not self.stop.requested:
             try:
                 self._serve_term(outage)
-            except (psycopg.Error, LostLeadershipError) as error:
+            except (psycopg.Error, LostLeadershipError, HangingError) as error:
                 self._failed(error, outage)
                 self.stop.wait(outage.backoff_s)
             except KafkaAwayError as error:
                 self._failed(error, outage)
-                self.stop.wait(STEP_DOWN_S)
+                self.stop.wait(max(STEP_DOWN_S, outage.backoff_s))
 
     def _progressed(self, state: str) -> None:
         """Note that this thread has come round; systemd hears of it when every lane has, too."""
@@ -104,8 +117,9 @@ class Relay:
             finally:
                 housekeeping.stop()
                 self.metrics.leading(False)
-                if not outage.ongoing:
+                if self._said_leading:
                     log.info("stopped leading", term=term.epoch)
+                self._said_leading = False
 
     def _lead(
         self,
@@ -115,23 +129,21 @@ class Relay:
         outage: Outage,
     ) -> None:
         news = News(connection)
-        next_round_s, said = 0.0, False
+        next_round_s = 0.0
         while not self.stop.requested:
             if time.monotonic() >= next_round_s:
                 self._open_lanes(connection, term, lanes)
                 self._refuse_to_hold_up(lanes)
-                if all(lane.works for lane in lanes.values()):
-                    outage.end_of(psycopg.Error, LostLeadershipError)
-                    if not any(lane.outage.ongoing for lane in lanes.values()):
-                        outage.end_of(KafkaAwayError)
-                    if not (said or outage.ongoing):
+                if works(lanes):
+                    outage.end_of(Exception)
+                    if not self._said_leading:
                         log.info("leading", term=term.epoch)
-                        said = True
+                        self._said_leading = True
                 self._progressed("leading")
+                if not self.metrics.healthy():
+                    raise HangingError("a lane doesn't come round: a session with Postgres hangs")
                 next_round_s = time.monotonic() + ROUND_INTERVAL_S
-            for lane in lanes.values():
-                if lane.failure is not None:
-                    raise lane.failure
+            self._raise_failure(lanes)
             for topic in news.of([name for name, lane in lanes.items() if lane.asleep]):
                 lanes[topic].news.set()
             # Not an event's wait(), which costs half as much again: this is all that idleness does.
@@ -156,9 +168,23 @@ class Relay:
                 lane.join(max(0.0, deadline_s - time.monotonic()))
                 if lane.is_alive():
                     log.error("a lane does not end", topic=lane.topic, term=term.epoch)
-        for lane in lanes.values():
-            if lane.failure is not None:
+        self._raise_failure(lanes)
+
+    def _raise_failure(self, lanes: dict[str, Lane]) -> None:
+        """End the term for what ended a lane; one that refuses holds up no other.
+
+        Raises:
+            RefusedError: every lane refuses.
+        """
+        failed = [lane for lane in lanes.values() if lane.failure is not None]
+        for lane in failed:
+            assert lane.failure is not None  # noqa: S101 - chosen by it
+            if not isinstance(lane.failure, RefusedError) or len(failed) == len(lanes):
                 raise lane.failure
+            if lane.topic not in self._refused:
+                log.error("refused", topic=lane.topic, error=str(lane.failure))
+                self.metrics.retried("RefusedError", lane.topic)
+                self._refused.add(lane.topic)
 
     def _open_lanes(
         self, connection: psycopg.Connection, term: Term, lanes: dict[str, Lane]
@@ -178,7 +204,7 @@ class Relay:
         """
         if all(lane.kafka_away_s < KAFKA_AWAY_S for lane in lanes.values()):
             return
-        admin = AdminClient({**self.settings.kafka_properties(), "log_level": 0})
+        admin = make_admin(self.settings.kafka_properties())
         try:
             admin.list_topics(timeout=KAFKA_PROBE_TIMEOUT_S)
         except KafkaException as error:
@@ -188,7 +214,8 @@ class Relay:
         """Return True as the leader, False when stopped while standing by."""
         said = False
         while not leadership.try_lock(connection, self.settings.outbox_relay_name):
-            outage.end_of(Exception)
+            outage.end_of(psycopg.Error, LostLeadershipError, HangingError)
+            self._outages.clear()  # another's now
             if not said:
                 log.info("standing by", reason="another relay of this name leads")
                 said = True

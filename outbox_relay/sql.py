@@ -12,7 +12,7 @@ Snapshots travel as text, transaction ids as decimal text: Postgres' own types d
 SESSION_OPTIONS = (
     "-c idle_session_timeout=5s"
     " -c idle_in_transaction_session_timeout=5s"
-    " -c statement_timeout=120s"
+    " -c statement_timeout=30s"
     " -c lock_timeout=5s"
     " -c tcp_user_timeout=10s"
     " -c synchronous_commit=local"
@@ -277,8 +277,11 @@ WHERE topic = %(topic)s
 
 RESUME_PREVIEW = """
 SELECT count(*) FILTER (WHERE id >= %(from_id)s), count(*) FILTER (WHERE id < %(from_id)s),
+       count(*) FILTER (WHERE id >= %(from_id)s
+           AND pg_visible_in_snapshot(transaction_id, published_snapshot)),
        pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text
-FROM outbox
+FROM outbox LEFT JOIN outbox_relay_cursor AS c ON c.topic = outbox.topic AND relay_name = %(name)s
+WHERE outbox.topic = coalesce(%(topic)s::text, outbox.topic)
 """
 
 # Everything before from_id that is committed now counts as published; rows of transactions still
@@ -293,7 +296,7 @@ SET leader_epoch = leader_epoch + 1, leader = '', delivery = %(delivery)s,
     system_identifier = %(system_identifier)s, database_oid = %(database_oid)s,
     timeline = %(timeline)s, wal_lsn = %(wal_lsn)s::pg_lsn, kafka_cluster_id = NULL,
     updated_at = clock_timestamp()
-WHERE relay_name = %(name)s
+WHERE relay_name = %(name)s AND topic = coalesce(%(topic)s::text, topic)
 """
 
 # --- Quarantine --------------------------------------------------------------------------------

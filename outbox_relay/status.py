@@ -82,10 +82,13 @@ def resume(
     settings: Settings,
     generation: int,
     from_id: int,
+    topic: str | None = None,
     *,
     apply: bool,
 ) -> dict[str, int]:
     """Make the cursors say that all committed rows before `from_id` are published; return counts.
+
+    All topics' cursors, or only that of `topic`.
 
     Changes nothing without `apply`. Rows of transactions that are open now are published whatever
     their ids. `generation` is the newest that Kafka knows of; the cursors get a newer one.
@@ -95,18 +98,20 @@ def resume(
     """
     name = settings.outbox_relay_name
     server = leadership.examine(connection)
-    if not cursor.load_rows(connection, name):
+    if not cursor.load_rows(connection, name, topic):
         raise RefusedError(
-            f"the relay {name} has no cursor: it starts with the first row by itself"
+            f"the relay {name} has no cursor{f' of topic {topic}' if topic else ''}:"
+            " it starts with the first row by itself"
         )
-    found = connection.execute(sql.RESUME_PREVIEW, {"from_id": from_id}).fetchone()
+    of_what = {"name": name, "topic": topic}
+    found = connection.execute(sql.RESUME_PREVIEW, {**of_what, "from_id": from_id}).fetchone()
     assert found is not None, "an aggregate returns one row"  # noqa: S101
-    to_publish, to_skip, snapshot, wal_lsn = found
+    to_publish, to_skip, to_repeat, snapshot, wal_lsn = found
     if apply:
         connection.execute(
             sql.RESUME,
             {
-                "name": name,
+                **of_what,
                 "delivery": settings.outbox_relay_delivery,
                 "generation": generation,
                 "published_snapshot": EMPTY_SNAPSHOT,
@@ -118,7 +123,12 @@ def resume(
                 "wal_lsn": wal_lsn,
             },
         )
-    return {"from_id": from_id, "publishes_rows": to_publish, "skips_rows": to_skip}
+    return {
+        "from_id": from_id,
+        "publishes_rows": to_publish,
+        "repeats_rows": to_repeat,
+        "skips_rows": to_skip,
+    }
 
 
 def _published_rows(connection: psycopg.Connection, name: str) -> int:

@@ -205,7 +205,8 @@ def test_commits_that_a_crash_may_take_back_are_found_for_each_writer(
         owner.execute(f'ALTER DATABASE "{name}" SET synchronous_commit = off')
         found = named(examined(reservation_database, kafka), "synchronous_commit")
         roles = [one.found.split(":")[0] for one in found if one.level == "error"]
-        assert roles == ["off for reservation_owner", "off for reservation_service"]
+        # Other tests' roles belong to the same server.
+    assert {"off for reservation_owner", "off for reservation_service"} <= set(roles)
         # As `ALTER ROLE … IN DATABASE …`, which comes before the database's own.
         owner.execute(
             f'ALTER ROLE reservation_service IN DATABASE "{name}" SET synchronous_commit = on'

@@ -22,16 +22,6 @@ SELECT count(*) FROM pg_stat_activity
 WHERE datname = current_database() AND application_name = 'outbox-relay'
   AND backend_start < clock_timestamp() - interval '13 seconds'
 """
-LOCKED_OUT = """
-SELECT count(*) FROM pg_stat_activity
-WHERE datname = current_database() AND application_name = 'outbox-relay'
-  AND wait_event_type = 'Lock' AND query LIKE '%WITH fresh%'
-"""
-SENDING = """
-SELECT count(*) FROM pg_stat_activity
-WHERE datname = current_database() AND application_name = 'outbox-relay'
-  AND wait_event = 'ClientWrite'
-"""
 
 
 def command(outbox: Outbox, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -130,30 +120,6 @@ def terms_begun(outbox: Outbox) -> int:
     with outbox.owner() as connection:
         found = connection.execute("SELECT leader_epoch FROM outbox_relay_cursor").fetchone()
     return 0 if found is None else int(found[0])
-
-
-def test_a_leader_stopped_in_the_middle_of_a_result_loses_its_lock(
-    outbox: Outbox, start_relay: StartRelay
-) -> None:
-    first = start_relay(outbox, {"OUTBOX_RELAY_CHUNK_MAX_BYTES": str(60 * 2**20)})
-    wait_until(lambda: "leading" in first.log.read_text(), 20, "the relay to lead")
-    with (
-        psycopg.connect(outbox.database.relay_url, autocommit=True) as same_role,
-        psycopg.connect(outbox.database.owner_url) as owner,
-    ):
-        # Its next read waits for this lock; it is stopped there, and the result comes afterwards.
-        owner.execute("LOCK TABLE outbox IN ACCESS EXCLUSIVE MODE")
-        owner.execute(
-            "INSERT INTO outbox (topic, key, payload)"
-            " SELECT %s, 'k' || n, to_json(repeat('x', 890000)) FROM generate_series(1, 60) AS n",
-            (outbox.topic,),
-        )
-        wait_until(lambda: same_role.execute(LOCKED_OUT).fetchone() == (1,), 20, "the read")
-        first.pause()
-        owner.commit()
-        wait_until(lambda: same_role.execute(SENDING).fetchone() == (1,), 20, "the result")
-    second = start_relay(outbox)
-    wait_until(lambda: "leading" in second.log.read_text(), 60, "the second to take over")
 
 
 def test_a_relay_that_may_not_read_backs_off_and_says_so_once(
