@@ -67,8 +67,10 @@ def run() -> None:
         relay.run()
     except StopOverdueError:
         structlog.get_logger().warning("stopped with work in flight; it will be read again")
-    finally:
         notifier.stopping()
+        # A lane that hangs must not be in the way of the interpreter's own end.
+        os._exit(0)
+    notifier.stopping()
 
 
 @cli.command("topics")
