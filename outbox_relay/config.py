@@ -125,7 +125,7 @@ class Settings(KafkaSettings):
     ] = 5_000
     outbox_relay_chunk_max_bytes: Annotated[
         int, Field(ge=1, le=64 * 2**20, description="1 to 67108864 bytes")
-    ] = 8 * 2**20
+    ] = 4 * 2**20
     # Well below the idle_session_timeout of sql.SESSION_OPTIONS.
     outbox_relay_poll_interval_ms: Annotated[
         int, Field(ge=1, le=2_000, description="1 to 2000 milliseconds")

@@ -43,6 +43,8 @@ from outbox_relay.cursor import (
 )
 from outbox_relay.leadership import RefusedError
 from outbox_relay.producer import (
+    ANSWER_WITHIN_S,
+    FULL_QUEUE_SLICE_S,
     QUIET,
     REQUEST_TIMEOUT_S,
     SLICE_S,
@@ -138,7 +140,10 @@ class ExactlyOnce:
 
     def move(self, position: Position) -> None:
         """Note that nothing is to be published up to `position`; committed a little later."""
-        self._moved = position
+        if self._open is None:
+            self._moved = position
+        else:
+            self._open.cursor = replace(self._open.cursor, position=position)
 
     def publish_released(self, row: Row) -> None:
         """Publish and commit a quarantined event, whose id the cursor then carries."""
@@ -171,10 +176,7 @@ class ExactlyOnce:
     def _commit_cursor(self) -> None:
         """Commit what the cursor alone has to tell: another position, or its copy in Postgres."""
         if self._moved is not None:
-            moved = self._moved
-            transaction = self._begin(0.0)
-            transaction.cursor = replace(transaction.cursor, position=moved)
-            self._commit(transaction)
+            self._commit(self._begin(0.0))
         elif self._copied and not self._told_of_copy:
             self._commit(self._begin(0.0))
             # Another copy would be something to tell of again, and so on.
@@ -193,7 +195,7 @@ class ExactlyOnce:
             self._producer.begin_transaction()
         except KafkaException as error:
             raise failure(reason(error), ()) from error
-        step = self.cursor.step(self.cursor.position)
+        step = self.cursor.step(self._moved or self.cursor.position)
         self._open = _Transaction(step, time.monotonic(), oldest_age_s)
         self._moved = None
         return self._open
@@ -223,19 +225,26 @@ class ExactlyOnce:
 
     def _produce_cursor(self, cursor: Cursor) -> None:
         assert self._producer is not None, "the session is open"  # noqa: S101
-        try:
-            self._producer.produce(
-                self._channel.settings.cursor_topic,
-                partition=0,
-                key=self._channel.topic,
-                value=replace(
-                    cursor, offsets=self._offsets, copied_sequence=self._store.saved.sequence
-                ).to_json(),
-                on_delivery=self._cursor_failed,
-            )
-        except KafkaException as error:
-            said = reason(error)
-            raise PublishError(f"{said.name()}: {said.str()}") from error
+        value = replace(
+            cursor, offsets=self._offsets, copied_sequence=self._store.saved.sequence
+        ).to_json()
+        while True:
+            try:
+                self._producer.produce(
+                    self._channel.settings.cursor_topic,
+                    partition=0,
+                    key=self._channel.topic,
+                    value=value,
+                    on_delivery=self._cursor_failed,
+                )
+            except BufferError:
+                self._producer.poll(FULL_QUEUE_SLICE_S)
+                self._channel.go_on()
+            except KafkaException as error:
+                said = reason(error)
+                raise PublishError(f"{said.name()}: {said.str()}") from error
+            else:
+                return
 
     def _complete(self, transaction: _Transaction) -> None:
         assert self._producer is not None, "the session is open"  # noqa: S101
@@ -406,7 +415,7 @@ class CursorRecords:
             isolation_level=IsolationLevel.READ_UNCOMMITTED,
             request_timeout=REQUEST_TIMEOUT_S,
         )[self._partition]
-        return int(future.result(REQUEST_TIMEOUT_S).offset)
+        return int(future.result(ANSWER_WITHIN_S).offset)
 
     def _last(self, consumer: Consumer, first: int, end: int, *, to_the_end: bool) -> bytes | None:
         """Return the value of the last committed record of our key in [first, end)."""
@@ -462,7 +471,7 @@ def cluster_id(admin: AdminClient, *topics: str) -> str:
 def _describe(admin: AdminClient, topic: str) -> tuple[str, Sequence[int]]:
     """Return the topic's id, which another topic of its name hasn't, and its partitions."""
     future = admin.describe_topics(TopicCollection([topic]), request_timeout=REQUEST_TIMEOUT_S)
-    found = future[topic].result(REQUEST_TIMEOUT_S)
+    found = future[topic].result(ANSWER_WITHIN_S)
     return str(found.topic_id), [partition.id for partition in found.partitions]
 
 
@@ -484,7 +493,7 @@ def _refuse_lost_events(admin: AdminClient, topic: str, cursor: Cursor, topic_id
         request_timeout=REQUEST_TIMEOUT_S,
     )
     for partition, future in futures.items():
-        end = future.result(REQUEST_TIMEOUT_S).offset
+        end = future.result(ANSWER_WITHIN_S).offset
         if end < cursor.offsets[str(partition.partition)]:
             raise RefusedError(
                 f"topic {topic} has lost events: partition {partition.partition} ends at {end}."

@@ -14,7 +14,7 @@ import psycopg
 import structlog
 from confluent_kafka import KafkaException
 
-from outbox_relay import leadership, reader
+from outbox_relay import leadership, reader, sql
 from outbox_relay.at_least_once import AtLeastOnce
 from outbox_relay.config import Settings
 from outbox_relay.exactly_once import ExactlyOnce
@@ -97,6 +97,8 @@ class Lane(threading.Thread):
             self._serve()
         except (PublishError, KafkaException) as error:
             self.outage.tell(error)
+            # A transaction that outlasts its timeout, chunk after chunk, must get smaller.
+            self._chunk_rows = max(1, self._chunk_rows // 2)
             self._metrics.retried(type(error).__name__, self.topic)
             self._stopping.wait(self.outage.backoff_s)
         except RecordRefusedError as error:
@@ -107,14 +109,13 @@ class Lane(threading.Thread):
     def _serve(self) -> None:
         """Publish with one connection to Postgres and one session with Kafka."""
         self._progress()
-        with (
-            leadership.connect(self._settings.database_url) as connection,
-            self._session(connection) as (delivery, quarantine),
-        ):
-            position = delivery.cursor.position
-            while not self._stopping.is_set():
-                position = self._step(connection, delivery, quarantine, position)
-            delivery.finish()
+        with leadership.connect(self._settings.database_url) as connection:
+            connection.execute(sql.BE_PATIENT)
+            with self._session(connection) as (delivery, quarantine):
+                position = delivery.cursor.position
+                while not self._stopping.is_set():
+                    position = self._step(connection, delivery, quarantine, position)
+                delivery.finish()
 
     @contextmanager
     def _session(self, connection: psycopg.Connection) -> Iterator[tuple[Delivery, Quarantine]]:

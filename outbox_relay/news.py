@@ -25,6 +25,7 @@ class News:
         self._connection = connection
         self._pgconn = connection.pgconn
         self._seen: str | None = None
+        self._asked: set[str] = set()
         _checked(self._pgconn.prepare(STATEMENT, sql.NEWS.encode()), ExecStatus.COMMAND_OK)
 
     def of(self, topics: Sequence[str]) -> set[str]:
@@ -34,18 +35,23 @@ class News:
             psycopg.OperationalError: the server is gone, or doesn't answer.
         """
         if not topics:
-            self._seen = None
+            self._seen, self._asked = None, set()
             return set()
         if self._seen is None:  # whatever was committed before this, they shall look for themselves
             found = self._connection.execute(sql.SNAPSHOT).fetchone()
             self._seen = None if found is None else found[0]
+            self._asked = set(topics)
             return set(topics)
         rows = self._ask(self._seen, topics)
-        for _, snapshot in rows:
-            self._seen = snapshot
-        return {topic for topic, _ in rows}
+        self._seen = rows[0][1]
+        # Who has just fallen asleep may have missed what was asked before.
+        new, self._asked = set(topics) - self._asked, set(topics)
+        if sum(count for _, _, count in rows) >= sql.NEWS_MAX_ROWS:  # the rest was not looked at
+            return set(topics)
+        return new | {topic for topic, _, _ in rows if topic}
 
-    def _ask(self, seen: str, topics: Sequence[str]) -> list[tuple[str, str]]:
+    def _ask(self, seen: str, topics: Sequence[str]) -> list[tuple[str, str, int]]:
+        """Return topics, each with the new snapshot and its rows; no topic where nothing is new."""
         bounds = unseen_by(seen)
         in_progress = ",".join(bounds["in_progress"])  # type: ignore[arg-type]
         self._pgconn.send_query_prepared(
@@ -60,13 +66,12 @@ class News:
         if not select.select([self._pgconn.socket], [], [], ANSWER_WITHIN_S)[0]:
             raise psycopg.OperationalError("Postgres doesn't answer")
         self._pgconn.consume_input()
-        found: list[tuple[str, str]] = []
+        found: list[tuple[str, str, int]] = []
         while (result := self._pgconn.get_result()) is not None:
             _checked(result, ExecStatus.TUPLES_OK)
             for row in range(result.ntuples):
-                topic, snapshot = result.get_value(row, 0), result.get_value(row, 1)
-                assert topic is not None and snapshot is not None  # noqa: S101, PT018
-                found.append((topic.decode(), snapshot.decode()))
+                topic, snapshot, count = (result.get_value(row, at) or b"" for at in range(3))
+                found.append((topic.decode(), snapshot.decode(), int(count)))
         return found
 
 

@@ -20,8 +20,12 @@ from outbox_relay.reader import Row
 # Kafka is asked in slices, between which a lane looks whether it shall go on.
 SLICE_S = 1.0
 REQUEST_TIMEOUT_S = 5.0
+# Longer than the client's own limit, so that it is the client who says what is wrong.
+ANSWER_WITHIN_S = 2 * REQUEST_TIMEOUT_S
+# No acknowledgement wakes up who waits for room in the queue: only failures are called back.
+FULL_QUEUE_SLICE_S = 0.01
 QUEUE_MAX_MESSAGES = 200_000
-QUEUE_MAX_KBYTES = 64 * 1024
+QUEUE_MAX_KBYTES = 16 * 1024
 # outbox_topics allows 1,000,000 bytes of key, payload and headers; the frame comes on top.
 MESSAGE_MAX_BYTES = 1_048_576
 
@@ -150,7 +154,7 @@ def batch_size(admin: AdminClient, topic: str) -> Mapping[str, str | int | bool]
     """
     resource = ConfigResource(ConfigResource.Type.TOPIC, topic)
     future = admin.describe_configs([resource], request_timeout=REQUEST_TIMEOUT_S)[resource]
-    allowed = future.result(REQUEST_TIMEOUT_S)["max.message.bytes"].value
+    allowed = future.result(ANSWER_WITHIN_S)["max.message.bytes"].value
     return {"batch.size": min(int(allowed), MESSAGE_MAX_BYTES)}
 
 
@@ -169,7 +173,7 @@ def produce(producer: Producer, channel: Channel, rows: Sequence[Row], failed: D
             try:
                 send(topic, payload, key, headers=decode(headers), on_delivery=failed)
             except BufferError:
-                producer.poll(SLICE_S)
+                producer.poll(FULL_QUEUE_SLICE_S)
                 channel.go_on()
             else:
                 break

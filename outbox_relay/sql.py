@@ -120,13 +120,17 @@ MAY_READ_HISTORY = "SELECT has_function_privilege('pg_read_file(text)', 'execute
 # Where each earlier timeline was left.
 TIMELINE_HISTORY = "SELECT pg_read_file('pg_wal/' || %(timeline)s || '.history')"
 
+# Of a lane, which may wait for Kafka longer than a leader may be silent.
+BE_PATIENT = "SELECT set_config('idle_session_timeout', '60s', false)"
+
 SNAPSHOT = "SELECT pg_current_snapshot()::text"
 
 # Which of the topics have rows that a snapshot has not seen: asked while lanes have nothing to do.
+NEWS_MAX_ROWS = 1_000
 NEWS = """
 WITH snapshot AS MATERIALIZED (SELECT pg_current_snapshot() AS current)
-SELECT DISTINCT topic, current::text
-FROM snapshot, LATERAL (
+SELECT topic, current::text, count(topic)
+FROM snapshot LEFT JOIN LATERAL (
     SELECT topic FROM (
         SELECT topic FROM outbox
         WHERE transaction_id >= $1::xid8 AND transaction_id < pg_snapshot_xmax(current)
@@ -135,7 +139,8 @@ FROM snapshot, LATERAL (
         SELECT topic FROM outbox
         WHERE transaction_id = ANY ($2::xid8[]) AND topic = ANY ($3::text[])
     ) AS unseen LIMIT 1000
-) AS bounded
+) AS bounded ON true
+GROUP BY topic, current::text
 """
 
 # --- Reading by snapshot difference ------------------------------------------------------------

@@ -22,6 +22,7 @@ INSERT = "INSERT INTO outbox (topic, key, payload) VALUES (%s, 'k', %s)"
 def connection(reservation_database: ReservationDatabase) -> Iterator[psycopg.Connection]:
     """The relay's own connection."""
     with leadership.connect(reservation_database.relay_url) as connection:
+        connection.execute(sql.BE_PATIENT)  # filling a table takes its time
         yield connection
 
 
