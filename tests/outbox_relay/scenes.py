@@ -33,7 +33,7 @@ CURSOR_TOPIC_CONFIG = {
 HANDOVER_TIMEOUT_S = 20.0
 REQUEST_TIMEOUT_S = 10.0
 # Of a backlog: enough that one is open at nearly every moment for some seconds.
-MANY_TRANSACTIONS = {"OUTBOX_RELAY_CHUNK_MAX_ROWS": "300"}
+MANY_TRANSACTIONS = {"OUTBOX_RELAY_CHUNK_MAX_ROWS": "50"}
 END_TXN = (26).to_bytes(2)
 
 _numbers = itertools.count(1)
