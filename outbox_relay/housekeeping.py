@@ -42,6 +42,8 @@ class Housekeeping(threading.Thread):
         while not self._stopping.is_set():
             try:
                 with leadership.connect(self._settings.database_url) as connection:
+                    # Between two rounds it is idle for longer than a leader's session may be.
+                    connection.execute(sql.BE_PATIENT)
                     while not self._stopping.wait(INTERVAL_S):
                         self._keep_house(connection)
                         self._outage.end_of(Exception)

@@ -347,9 +347,9 @@ FROM outbox_relay_quarantine WHERE relay_name = %(name)s ORDER BY id LIMIT %(max
 """
 
 QUARANTINE_COUNT = """
-SELECT topic, count(q.id) FROM outbox_topics
-LEFT JOIN outbox_relay_quarantine AS q USING (topic)
-WHERE relay_name = %(name)s OR relay_name IS NULL GROUP BY topic
+SELECT t.topic, count(q.id) FROM outbox_topics AS t
+LEFT JOIN outbox_relay_quarantine AS q ON q.topic = t.topic AND q.relay_name = %(name)s
+GROUP BY t.topic
 """
 
 QUARANTINE_RELEASE = """

@@ -221,4 +221,10 @@ def test_metrics_and_health_are_served(outbox: Outbox, start_relay: StartRelay) 
         10,
         "the counter",
     )
+    # The housekeeping has come round.
+    wait_until(
+        lambda: "outbox_relay_outbox_partitions 0.0" not in httpx.get(f"{base}/metrics").text,
+        20,
+        "the partitions to be counted",
+    )
     assert httpx.get(f"{base}/healthz").status_code == 200
