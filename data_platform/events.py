@@ -9,9 +9,9 @@ judged here: one seat in two reservations is fine.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime
-from typing import Annotated, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -44,6 +44,9 @@ STATUS_AFTER: Final = {
 # An escaped NUL: an odd number of backslashes before u0000 (an even one is text about a NUL).
 NUL_HINT = rb"\u0000"  # the pattern alone would cost more than all the rest
 ESCAPED_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+# What a later version of ours may read.
+SCHEMA_VERSION = re.compile(r"\Aurn:concert-reservation:schema:[a-z-]+:([1-9][0-9]*)\Z")
+SPECIFICATION_VERSION = re.compile(r"\A[1-9][0-9]*\.[0-9]+\Z")
 
 
 class BadRecordError(Exception):
@@ -189,7 +192,7 @@ def _parse(value: bytes | None) -> ReservationEnvelope:
     except UnicodeDecodeError as error:
         raise BadRecordError("not-utf8", str(error)) from error
     except msgspec.ValidationError as error:
-        raise BadRecordError("schema", str(error)) from error
+        raise BadRecordError(_unknown(value, STATUS_AFTER) or "schema", str(error)) from error
     except msgspec.DecodeError as error:
         raise BadRecordError("not-json", str(error)) from error
     except RecursionError as error:
@@ -197,6 +200,30 @@ def _parse(value: bytes | None) -> ReservationEnvelope:
     if NUL_HINT in value and ESCAPED_NUL.search(value):
         raise BadRecordError("nul", "a text holds U+0000, which Postgres cannot store")
     return envelope
+
+
+class _Kind(msgspec.Struct):
+    specversion: Any = None
+    type: Any = None
+    dataschema: Any = None
+
+
+_kind = msgspec.json.Decoder(_Kind)
+
+
+def _unknown(value: bytes, types: Collection[str]) -> str | None:
+    """Name what makes an invalid record one that an upgraded worker may load, or None."""
+    try:
+        kind = _kind.decode(value)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+    schema = SCHEMA_VERSION.match(str(kind.dataschema))
+    specification = kind.specversion if isinstance(kind.specversion, str) else ""
+    if (schema and schema[1] != "1") or (
+        SPECIFICATION_VERSION.match(specification) and specification != "1.0"
+    ):
+        return "unknown-schema"
+    return "unknown-type" if isinstance(kind.type, str) and kind.type not in types else None
 
 
 def _existing_moment(time: str) -> datetime:

@@ -172,7 +172,7 @@ class Loader:
         refused: list[BadRecord] = []
         with self._transaction() as connection:
             _lock(connection, batch.slices)
-            new_events = _sift(connection, batch.rows, refused)
+            new_events = sift(connection, batch.rows, refused)
             if not judged:
                 self._judge(len(batch.rows), refused)
             _put_aside(connection, [*batch.bad, *refused])
@@ -237,8 +237,7 @@ class Loader:
                 connect_timeout=CONNECT_TIMEOUT_S,
             )
             self._connection = connection
-            connection.execute(sql.SESSION)
-            connection.execute(sql.CREATE_STAGE)
+            prepare(connection)
         return self._connection
 
     def _disconnect(self) -> None:
@@ -291,6 +290,12 @@ def _shut_down(connection: Connection) -> None:
         line.shutdown(socket.SHUT_RDWR)
 
 
+def prepare(connection: Connection) -> None:
+    """Make a new connection ready to load: its limits and its stage."""
+    connection.execute(sql.SESSION)
+    connection.execute(sql.CREATE_STAGE)
+
+
 def _stage(connection: Connection, rows: Sequence[Row]) -> None:
     if not rows:
         return
@@ -322,8 +327,11 @@ def _lock(connection: Connection, slices: Sequence[Slice]) -> None:
             )
 
 
-def _sift(connection: Connection, rows: Sequence[Row], refused: list[BadRecord]) -> int:
-    """Load what Postgres takes of `rows`, add the others to `refused`; count new facts."""
+def sift(connection: Connection, rows: Sequence[Row], refused: list[BadRecord]) -> int:
+    """Load what Postgres takes of `rows`, add the others to `refused`; count new facts.
+
+    In the caller's transaction, on a connection that `prepare` has seen; moves no offset.
+    """
     try:
         with connection.transaction():
             _stage(connection, rows)
@@ -337,7 +345,7 @@ def _sift(connection: Connection, rows: Sequence[Row], refused: list[BadRecord])
             refused.append(bad_record(rows[0].message, "refused", error))
             return 0
     middle = len(rows) // 2
-    return _sift(connection, rows[:middle], refused) + _sift(connection, rows[middle:], refused)
+    return sift(connection, rows[:middle], refused) + sift(connection, rows[middle:], refused)
 
 
 def _put_aside(connection: Connection, bad: Sequence[BadRecord]) -> None:
