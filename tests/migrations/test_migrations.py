@@ -211,6 +211,9 @@ def test_the_analyst_reads_facts_and_nothing_else(analytics_database: AnalyticsD
             "SELECT * FROM analytics.dead_letters",
             "SELECT * FROM analytics.load_offsets",
             "DELETE FROM analytics.fct_reservations",
+            "DELETE FROM analytics.fct_reservation_seats",
+            "INSERT INTO analytics.dim_concerts DEFAULT VALUES",
+            "UPDATE analytics.dim_performances SET status = 'cancelled'",
             "UPDATE analytics.fct_reservations SET status = 'held'",
             "CREATE TABLE analytics.mine (a int)",
         ),
@@ -218,6 +221,22 @@ def test_the_analyst_reads_facts_and_nothing_else(analytics_database: AnalyticsD
     with psycopg.connect(analytics_database.analyst_url) as connection:
         connection.execute("SELECT * FROM analytics.fct_reservation_events")
         connection.execute("SELECT * FROM analytics.fct_reservations")
+        connection.execute("SELECT * FROM analytics.fct_reservation_seats")
+        connection.execute("SELECT * FROM analytics.dim_concerts, analytics.dim_performances")
+
+
+def test_every_table_and_column_of_the_analysts_has_a_comment(
+    analytics_database: AnalyticsDatabase,
+) -> None:
+    with psycopg.connect(analytics_database.owner_url) as connection:
+        bare = connection.execute(
+            "SELECT attrelid::regclass::text, attname FROM pg_attribute"
+            " JOIN pg_class ON pg_class.oid = attrelid"
+            " WHERE relnamespace = 'analytics'::regnamespace AND relkind IN ('r', 'p', 'v', 'm')"
+            " AND NOT attisdropped AND (attnum > 0 AND col_description(attrelid, attnum) IS NULL"
+            "     OR obj_description(attrelid, 'pg_class') IS NULL)"
+        ).fetchall()
+    assert bare == []
 
 
 def test_the_loader_may_not_change_or_remove_a_fact(analytics_database: AnalyticsDatabase) -> None:
@@ -228,6 +247,7 @@ def test_the_loader_may_not_change_or_remove_a_fact(analytics_database: Analytic
             "DELETE FROM analytics.fct_reservation_events",
             "DELETE FROM analytics.fct_reservations",
             "DELETE FROM analytics.load_offsets",
+            "DELETE FROM analytics.dim_concerts",
             "CREATE TABLE analytics.mine (a int)",
         ),
     )
