@@ -12,6 +12,8 @@ import base64
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC
 from importlib.metadata import version
 from logging import getLogger
 from typing import Any
@@ -19,13 +21,13 @@ from typing import Any
 import click
 import psycopg
 from confluent_kafka import KafkaException
-from psycopg.rows import dict_row
 
-from data_platform import config, logs, sql
+from data_platform import config, logs
+from data_platform import dead_letters as letters
 from data_platform.consumer import Source
-from data_platform.events import decode_reservation_event
+from data_platform.events import Decoder, decode_reservation_event
 from data_platform.health import Health
-from data_platform.loader import APPLICATION_NAME, CONNECT_TIMEOUT_S, Loader
+from data_platform.loader import Loader
 from data_platform.status import Status, read_status
 from data_platform.topics import Topics
 from data_platform.worker import Worker
@@ -92,12 +94,15 @@ def run() -> None:
         if settings.metrics_port:
             _serve(health, settings)
     loader = Loader(settings.analytics_database_url.get_secret_value())
-    decoders = {settings.data_platform_reservation_topic: decode_reservation_event}
     try:
-        Worker(source, loader, decoders, health).run()
+        Worker(source, loader, _decoders(settings), health).run()
     except Exception:
         getLogger("data_platform").critical("ended by a fault of ours", exc_info=True)
         sys.exit(1)
+
+
+def _decoders(settings: config.TopicSettings) -> dict[str, Decoder]:
+    return {settings.data_platform_reservation_topic: decode_reservation_event}
 
 
 def _source(settings: config.Settings) -> Source:
@@ -163,10 +168,17 @@ def dead_letters() -> None:
 
 @dead_letters.command("list")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True)
-def list_dead_letters(limit: int) -> None:
-    """Print the newest dead letters as JSON lines, without their contents."""
-    for row in _rows(sql.LIST_DEAD_LETTERS, {"limit": limit}):
-        click.echo(json.dumps(row, default=_as_text))
+@click.option("--topic", help="Only of this topic.")
+@click.option("--reason", help="Only with this reason.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON object a line, for programs.")
+def list_dead_letters(limit: int, topic: str | None, reason: str | None, *, as_json: bool) -> None:
+    """Print the newest dead letters, a line each, without what they contain."""
+    with _clear_errors():
+        url = config.load(config.DatabaseSettings).analytics_database_url.get_secret_value()
+        rows = letters.read_list(url, letters.Scope(topic, reason=reason), limit)
+    for row in rows:
+        line = json.dumps(row, default=_as_text) if as_json else _one_line(row)
+        click.echo(line)
 
 
 @dead_letters.command("show")
@@ -175,24 +187,55 @@ def list_dead_letters(limit: int) -> None:
 @click.argument("offset", type=int)
 def show_dead_letter(topic: str, partition: int, offset: int) -> None:
     """Print one dead letter as JSON; raw_key and raw_value in base64."""
-    place = {"topic": topic, "kafka_partition": partition, "kafka_offset": offset}
-    rows = _rows(sql.SHOW_DEAD_LETTER, place)
-    if not rows:
-        raise CommandError(f"no dead letter at {topic} {partition} {offset}")
-    click.echo(json.dumps(rows[0], default=_as_text, indent=2))
-
-
-def _rows(statement: str, parameters: dict[str, Any]) -> list[dict[str, Any]]:
     with _clear_errors():
-        settings = config.load(config.DatabaseSettings)
-        with psycopg.connect(
-            settings.analytics_database_url.get_secret_value(),
-            application_name=f"{APPLICATION_NAME} dead-letters",
-            connect_timeout=CONNECT_TIMEOUT_S,
-            row_factory=dict_row,
-        ) as connection:
-            connection.execute(sql.STATUS_SESSION)
-            return connection.execute(statement, parameters).fetchall()
+        url = config.load(config.DatabaseSettings).analytics_database_url.get_secret_value()
+        row = letters.read_one(url, letters.Place(topic, partition, offset))
+    if row is None:
+        raise CommandError(f"no dead letter at {topic} {partition} {offset}")
+    click.echo(json.dumps(row, default=_as_text, indent=2))
+
+
+@dead_letters.command("replay")
+@click.argument("topic", required=False)
+@click.argument("partition", type=int, required=False)
+@click.argument("offset", type=int, required=False)
+@click.option("--all", "every", is_flag=True, help="All there are, which is also the default.")
+@click.option("--reason", help="Only those with this reason.")
+@click.option("--dry-run", is_flag=True, help="Only say what would become of them.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object for programs.")
+def replay_dead_letters(
+    topic: str | None,
+    partition: int | None,
+    offset: int | None,
+    reason: str | None,
+    *,
+    every: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Load dead letters again: all, those with a REASON, of a TOPIC or PARTITION, or one.
+
+    Those still bad stay. May be repeated at any time, beside workers and other replays.
+    """
+    scope = letters.Scope(topic, partition, offset, reason)
+    if every and scope != letters.Scope():
+        raise WrongConfigurationError("--all: expected no other choice beside it")
+    with _clear_errors():
+        settings = config.load(config.TopicSettings)
+        logs.set_up(settings.log_level)
+        url = settings.analytics_database_url.get_secret_value()
+        done = letters.replay(url, scope, _decoders(settings), dry_run=dry_run)
+    click.echo(json.dumps(asdict(done)) if as_json else done.in_words(dry_run=dry_run))
+    if offset is not None and not done.loaded:
+        raise CommandError(f"{topic} {partition} {offset} is not loaded")
+
+
+def _one_line(row: dict[str, Any]) -> str:
+    place = f"{row['topic']} {row['kafka_partition']} {row['kafka_offset']}"
+    seen = row["first_seen_at"].astimezone(UTC)
+    line = f"{place}  {seen:%Y-%m-%dT%H:%M:%SZ}  {row['reason']}: {row['error']}"
+    # What the record's writer put into it must not steer the reader's terminal.
+    return "".join(char if char.isprintable() else "?" for char in line)
 
 
 def _as_text(value: Any) -> str:

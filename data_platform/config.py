@@ -98,7 +98,15 @@ class DatabaseSettings(_Base):
     analytics_database_url: Annotated[DatabaseUrl, Field(description=POSTGRES_URL)]
 
 
-class Settings(DatabaseSettings):
+class TopicSettings(DatabaseSettings):
+    """What a replay needs too: which topics are read."""
+
+    data_platform_reservation_topic: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9._-]{1,249}$", description="a topic's name")
+    ] = "concert-reservation"
+
+
+class Settings(TopicSettings):
     """What `run` and `status` need."""
 
     kafka_bootstrap_servers: Annotated[str, Field(description="brokers like host:9092,host:9092")]
@@ -110,9 +118,6 @@ class Settings(DatabaseSettings):
     data_platform_group: Annotated[str, Field(description="a consumer group's name")] = (
         "data-platform"
     )
-    data_platform_reservation_topic: Annotated[
-        str, Field(pattern=r"^[A-Za-z0-9._-]{1,249}$", description="a topic's name")
-    ] = "concert-reservation"
     data_platform_batch_rows: Annotated[
         int, Field(ge=1, le=100_000, description="1 to 100000 records")
     ] = 5_000

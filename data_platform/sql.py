@@ -168,21 +168,6 @@ WHERE activity.datname = current_database()
 
 COUNT_DEAD_LETTERS = "SELECT count(*) FROM analytics.dead_letters"
 
-LIST_DEAD_LETTERS = """
-SELECT topic, kafka_partition, kafka_offset, reason, error, first_seen_at
-FROM analytics.dead_letters
-ORDER BY first_seen_at DESC, topic, kafka_partition, kafka_offset
-LIMIT %(limit)s
-"""
-
-SHOW_DEAD_LETTER = """
-SELECT topic, kafka_partition, kafka_offset, raw_key, raw_value, raw_headers, reason, error,
-    first_seen_at
-FROM analytics.dead_letters
-WHERE topic = %(topic)s AND kafka_partition = %(kafka_partition)s
-    AND kafka_offset = %(kafka_offset)s
-"""
-
 # For each connection of the loader. A worker that freezes between two statements lets go of its
 # locks after 2 s.
 SESSION = """

@@ -116,17 +116,29 @@ def test_when_postgres_refuses_most_records_the_worker_stops_and_puts_nothing_as
 
 
 def test_dead_letters_can_be_listed_and_shown(platform: Platform) -> None:
-    platform.produce_raw([(None, b"\x00bad")], partition=2)
+    platform.produce_raw([(None, b"\x00bad"), (b"r-1", None)], partition=2)
     platform.worker()
-    platform.wait_for_offsets(1)
+    platform.wait_for_offsets(2)
 
-    listed = json.loads(platform.command("dead-letters", "list").stdout)
-    assert (listed["kafka_partition"], listed["reason"]) == (2, "not-json")
+    listed = [
+        json.loads(line)
+        for line in platform.command("dead-letters", "list", "--json").stdout.splitlines()
+    ]
+    assert [(one["kafka_offset"], one["reason"]) for one in listed] == [
+        (0, "not-json"),
+        (1, "null-value"),
+    ]
+    (line,) = platform.command(
+        "dead-letters", "list", "--reason", "null-value", "--topic", platform.topic
+    ).stdout.splitlines()
+    assert line.startswith(f"{platform.topic} 2 1  ")
+    assert line.endswith("null-value: the record has no value")
+    assert platform.command("dead-letters", "list", "--topic", "other").stdout == ""
     shown: dict[str, Any] = json.loads(
         platform.command("dead-letters", "show", platform.topic, "2", "0").stdout
     )
     assert shown["raw_key"] is None
     assert base64.b64decode(shown["raw_value"]) == b"\x00bad"
-    missing = platform.command("dead-letters", "show", platform.topic, "2", "1")
+    missing = platform.command("dead-letters", "show", platform.topic, "2", "2")
     assert missing.returncode == 1
     assert len(missing.stderr.splitlines()) == 1
