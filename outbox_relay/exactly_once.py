@@ -66,7 +66,7 @@ COMMIT_WITHIN_S = 30.0
 FLUSH_SLICE_S = 0.05
 COPY_INTERVAL_S = 1.0
 # A backlog is committed in portions, not in chunks: every commit costs some 10 ms.
-TRANSACTION_MAX_CHUNKS = 4
+TRANSACTION_MAX_CHUNKS = 20
 TRANSACTION_MAX_S = 0.5
 # After a commit Kafka still writes its markers; who begins meanwhile is sent away for 20 ms.
 MARKERS_S = 0.002

@@ -10,9 +10,12 @@ A batch that fits into one chunk comes from a single statement, whose own snapsh
 one fixes C first and is then walked by id, so that a restart in its middle reads the same rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from itertools import islice
+from operator import itemgetter
+from typing import Any, TypedDict, cast
 
 import psycopg
 
@@ -20,6 +23,8 @@ from outbox_relay import sql
 
 # A snapshot before all transactions: nothing is visible in it, so the whole outbox is new.
 EMPTY_SNAPSHOT = "3:3:"
+# So many rows of a big batch come at a time; each may have a megabyte.
+STREAM_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,7 @@ def unseen_by(snapshot: str) -> dict[str, object]:
 # text of a JSON object; and what the first row of a chunk tells of all. A plain tuple: making
 # something of it would cost a drain a tenth of its speed.
 Row = tuple[int, str, bytes, str, list[str] | None]
+PAYLOAD, HEADERS = itemgetter(2), itemgetter(3)
 
 
 class Limits(TypedDict):
@@ -83,7 +89,8 @@ def read(
 ) -> Chunk:
     """Return the next rows of `topic` behind `position`: none when there is nothing new.
 
-    A chunk has at most `max_rows` rows, and not more than one row beyond `max_bytes` of payload.
+    A chunk has at most `max_rows` rows and about `max_bytes` of payloads and headers: never more
+    than twice that and a few rows.
     An empty chunk may still move the position (the end of a big batch): read again from there.
     The WAL that the chunk's position stands on is on disk when this returns.
     """
@@ -150,22 +157,46 @@ def _begin_big_batch(connection: psycopg.Connection, position: Position, topic: 
 
 
 def _read_big_batch(connection: psycopg.Connection, position: Position, limits: Limits) -> Chunk:
-    found = connection.execute(
-        sql.READ_BIG_BATCH,
+    assert position.batch_snapshot is not None, "a big batch has its snapshot"  # noqa: S101
+    assert position.batch_last_id is not None, "and a place in it"  # noqa: S101
+    window_end_id = position.batch_last_id + sql.WINDOW_IDS
+    found = _stream(
+        connection,
         {
             **limits,
             "after_id": position.batch_last_id,
+            "window_end_id": window_end_id,
             "published_snapshot": position.published_snapshot,
             "batch_snapshot": position.batch_snapshot,
         },
-        prepare=True,
-        binary=True,
-    ).fetchall()
-    if not found:
-        assert position.batch_snapshot is not None, "a big batch has its snapshot"  # noqa: S101
+    )
+    if found:
+        told = found[0][4]
+        age_s = float(told[0]) if told else 0.0
+        return Chunk(found, replace(position, batch_last_id=found[-1][0]), age_s)
+    following = connection.execute(sql.NEXT_ID, {"after_id": window_end_id}).fetchone()
+    if following is None or following[0] is None:
         return Chunk((), Position(position.batch_snapshot, position.wal_lsn))
-    age_s = float(found[0][4][0])
-    return Chunk(found, replace(position, batch_last_id=found[-1][0]), age_s)
+    return Chunk((), replace(position, batch_last_id=following[0] - 1))
+
+
+def _stream(connection: psycopg.Connection, parameters: Mapping[str, Any]) -> list[Row]:
+    """Return the chunk's rows, while the server goes on reading the next ones.
+
+    Rows that grow all of a sudden are cut off: the statement knows the size of the first ones only.
+    """
+    found: list[Row] = []
+    rest_bytes = 2 * parameters["max_bytes"]
+    with connection.cursor() as cursor:
+        rows = cast(
+            "Generator[Row]",
+            cursor.stream(sql.READ_BIG_BATCH, parameters, binary=True, size=STREAM_ROWS),
+        )
+        with closing(rows):
+            while rest_bytes > 0 and (some := list(islice(rows, STREAM_ROWS))):
+                found += some
+                rest_bytes -= sum(map(len, map(PAYLOAD, some))) + sum(map(len, map(HEADERS, some)))
+    return found
 
 
 def _flush_wal(connection: psycopg.Connection, wal_lsn: str) -> None:

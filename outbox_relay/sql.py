@@ -209,35 +209,35 @@ BEGIN_WHOLE_OUTBOX = (
 )
 
 # The next rows of a big batch, by id, with its snapshot fixed: the same rows after any restart.
-# Partition by partition: merging them, Postgres would look for a first row in each, and pass all
-# the rows newer than the batch for every chunk.
+# In windows of ids, so that a rare topic never waits for one walk past millions of others' rows,
+# nor the end of a batch for one past all that is newer. How many rows make up `max_bytes` is told
+# by the first of them: a window function over all would cost as much as reading them.
+WINDOW_IDS = 100_000
 READ_BIG_BATCH = """
-WITH chunk AS MATERIALIZED (
-    SELECT found.* FROM (
-        SELECT number * 10000000000 AS first_id, (number + 1) * 10000000000 AS end_id
-        FROM (SELECT number FROM outbox_partitions
-              UNION SELECT id / 10000000000 FROM outbox_default) AS numbers
-        WHERE number >= %(after_id)s::bigint / 10000000000
-        ORDER BY number
-    ) AS ranges, LATERAL (
-        SELECT id, key, payload, headers, created_at FROM outbox
-        WHERE id > %(after_id)s AND id >= first_id AND id < end_id AND topic = %(topic)s
-          AND NOT pg_visible_in_snapshot(transaction_id, %(published_snapshot)s::pg_snapshot)
-          AND pg_visible_in_snapshot(transaction_id, %(batch_snapshot)s::pg_snapshot)
-        ORDER BY id LIMIT %(max_rows)s
-    ) AS found
-    LIMIT %(max_rows)s
-), measured AS (
-    SELECT *, coalesce(
-        sum(pg_column_size(payload) + pg_column_size(headers) + pg_column_size(key)) OVER (
-            ORDER BY id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS bytes_before
-    FROM chunk
+WITH sample AS MATERIALIZED (
+    SELECT id, created_at,
+           pg_column_size(payload) + pg_column_size(headers) + pg_column_size(key) AS bytes
+    FROM outbox
+    WHERE id > %(after_id)s AND id <= %(window_end_id)s AND topic = %(topic)s
+      AND NOT pg_visible_in_snapshot(transaction_id, %(published_snapshot)s::pg_snapshot)
+      AND pg_visible_in_snapshot(transaction_id, %(batch_snapshot)s::pg_snapshot)
+    ORDER BY id LIMIT 50
+), once AS MATERIALIZED (
+    SELECT min(id) AS first_id, 1 + %(max_bytes)s / avg(bytes)::integer AS fitting_rows,
+           ARRAY[extract(epoch FROM clock_timestamp() - min(created_at))::text] AS told
+    FROM sample
 )
 SELECT id, key, payload, headers::text,
-       CASE WHEN bytes_before = 0
-            THEN ARRAY[extract(epoch FROM clock_timestamp() - created_at)::text] END AS told_once
-FROM measured WHERE bytes_before < %(max_bytes)s ORDER BY id
+       CASE WHEN id = (SELECT first_id FROM once) THEN (SELECT told FROM once) END AS told_once
+FROM outbox
+WHERE id >= (SELECT first_id FROM once) AND id <= %(window_end_id)s AND topic = %(topic)s
+  AND NOT pg_visible_in_snapshot(transaction_id, %(published_snapshot)s::pg_snapshot)
+  AND pg_visible_in_snapshot(transaction_id, %(batch_snapshot)s::pg_snapshot)
+ORDER BY id
+LIMIT (SELECT least(%(max_rows)s, fitting_rows) FROM once)
 """
+
+NEXT_ID = "SELECT min(id) FROM outbox WHERE id > %(after_id)s"
 
 # A newer position for a topic without rows behind its own, where other topics have some.
 SKIP_OTHER_TOPICS = """

@@ -158,6 +158,53 @@ def test_a_chunk_is_bounded_in_bytes_and_the_rest_of_its_batch_follows(
     assert [count for count in chunks if count] == [3, 3, 3, 3, 2]
 
 
+def test_rows_that_grow_all_of_a_sudden_do_not_come_all_at_once(
+    reservation_database: ReservationDatabase, connection: psycopg.Connection
+) -> None:
+    """A chunk is reckoned from its first rows; the others are counted as they come."""
+    large = "x" * 100_000
+    with writer(reservation_database) as connection_of_writer:
+        insert(connection_of_writer, *range(60))
+        for _ in range(200):
+            connection_of_writer.execute(INSERT, (TOPIC, json.dumps(large)))
+    position, chunks = START, []
+    while True:
+        chunk = reader.read(connection, position, TOPIC, max_rows=100, max_bytes=250_000)
+        if chunk.position == position:
+            break
+        position = chunk.position
+        chunks.append(chunk.rows)
+    assert sum(map(len, chunks)) == 260
+    bound = 2 * 250_000 + reader.STREAM_ROWS * 100_002
+    assert max(sum(len(row[2]) for row in rows) for rows in chunks) <= bound
+
+
+def test_a_rare_topic_is_read_in_steps_past_another_ones_rows(
+    reservation_database: ReservationDatabase, connection: psycopg.Connection
+) -> None:
+    ids_between = 3 * sql.WINDOW_IDS
+    with writer(reservation_database) as connection_of_writer:
+        insert(connection_of_writer, 1)
+        connection_of_writer.execute(
+            "ALTER TABLE outbox DISABLE TRIGGER outbox_refuse_unpublishable"
+        )
+        connection_of_writer.execute(
+            "INSERT INTO outbox (topic, key, payload)"
+            " SELECT 'concert-catalogue', 'k', '0' FROM generate_series(1, %s)",
+            [ids_between],
+        )
+        insert(connection_of_writer, *range(2, 20))
+    position, steps, numbers = START, 0, []
+    while True:
+        chunk = reader.read(connection, position, TOPIC, max_rows=10, max_bytes=1_000_000)
+        if chunk.position == position:
+            break
+        numbers += [json.loads(row[2]) for row in chunk.rows]
+        position, steps = chunk.position, steps + 1
+    assert numbers == list(range(1, 20))
+    assert ids_between // sql.WINDOW_IDS <= steps <= 10
+
+
 def test_what_a_batch_stands_on_survives_a_crash_that_hands_out_transaction_ids_again(
     make_postgres_server: MakePostgresServer,
 ) -> None:
@@ -280,6 +327,7 @@ def test_plans_on_a_million_rows_touch_few_pages_and_scan_nothing_sequentially(
                     sql.READ_BIG_BATCH,
                     {
                         "after_id": ROWS // 2,
+                        "window_end_id": ROWS // 2 + sql.WINDOW_IDS,
                         "published_snapshot": EMPTY_SNAPSHOT,
                         "batch_snapshot": published.published_snapshot,
                         "topic": TOPIC,
