@@ -32,9 +32,12 @@ from outbox_relay import (
 from outbox_relay.config import ConfigurationError, KafkaSettings, Settings, load
 from outbox_relay.leadership import RefusedError
 from outbox_relay.notify import Notifier
-from outbox_relay.relay import Relay
+from outbox_relay.relay import Relay, StuckError
 from outbox_relay.retention import Retention
 from outbox_relay.stopping import Stop, StopOverdueError
+
+# What isn't our fault: a line tells it, no traceback.
+FAILURES = (RefusedError, psycopg.Error, KafkaException, producer.PublishError, TimeoutError)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -70,6 +73,10 @@ def run() -> None:
         notifier.stopping()
         # A lane that hangs must not be in the way of the interpreter's own end.
         os._exit(0)
+    except StuckError as error:
+        structlog.get_logger().error("ends because it hangs", error=str(error))
+        notifier.stopping()
+        os._exit(1)
     notifier.stopping()
 
 
@@ -92,7 +99,7 @@ def make_topics(replication_factor: int | None) -> None:
 def show_status(*, as_json: bool) -> None:
     """Show the leader, the lag and the cursor."""
     settings = load(Settings)
-    with leadership.connect(settings.database_url) as connection:
+    with leadership.connect(settings.database_url, "status") as connection:
         found = status.status(connection, settings)
     _show(found, as_json=as_json)
 
@@ -104,7 +111,7 @@ def show_status(*, as_json: bool) -> None:
 def resume(from_id: int, topic: str | None, *, apply: bool) -> None:
     """Accept this database's history after a restore or promotion and go on from a row."""
     settings = load(Settings)
-    with leadership.connect(settings.database_url) as connection:
+    with leadership.connect(settings.database_url, "resume") as connection:
         status.refuse_while_running(connection, settings.outbox_relay_name)
         generation = exactly_once.newest_generation(settings, connection)
         done = status.resume(connection, settings, generation, from_id, topic, apply=apply)
@@ -114,6 +121,11 @@ def resume(from_id: int, topic: str | None, *, apply: bool) -> None:
         f" ({done['repeats_rows']} of them again, as far as the cursor knows),"
         f" skip {done['skips_rows']} before it"
     )
+    if from_id > (done["newest_id"] or 0):
+        click.echo(
+            f"warning: the newest row is {done['newest_id'] or 'none'}, so this skips all there is",
+            err=True,
+        )
 
 
 @cli.command("doctor")
@@ -129,14 +141,17 @@ def examine() -> None:
 def prune() -> None:
     """Let go of every partition of the outbox that is published and old enough."""
     settings = load(Settings)
-    with leadership.connect(settings.database_url) as connection:
+    with leadership.connect(settings.database_url, "prune") as connection:
         leadership.examine(connection)
-        for partition in Retention(settings.outbox_relay_retention_hours).prune(connection):
+        pruned = Retention(settings.outbox_relay_retention_hours).prune(connection)
+        for partition in pruned:
             became = f"kept: {partition.kept}" if partition.kept else "dropped"
             click.echo(
                 f"{partition.name}: about {partition.ids} rows,"
                 f" {partition.size_bytes / 2**20:.1f} MiB, {became}"
             )
+    if not pruned:
+        click.echo("the outbox is empty: there is nothing to let go of")
 
 
 @cli.group("quarantine")
@@ -148,14 +163,17 @@ def quarantine_commands() -> None:
 def list_quarantined() -> None:
     """Show what waits, the oldest first; of each key only the first can be released."""
     settings = load(Settings)
-    with leadership.connect(settings.database_url) as connection:
-        for row in quarantine.listed(connection, settings.outbox_relay_name):
+    with leadership.connect(settings.database_url, "quarantine list") as connection:
+        rows = quarantine.listed(connection, settings.outbox_relay_name)
+        for row in rows:
             why = row["error"] or "waits behind an earlier event of its key"
             released = " (released)" if row["released_at"] else ""
             click.echo(
                 f"{row['id']} {row['topic']} key {row['key']} {row['bytes']} bytes"
                 f" since {row['quarantined_at']:%Y-%m-%dT%H:%M:%SZ}{released}: {why}"
             )
+    if not rows:
+        click.echo(f"no event of the relay {settings.outbox_relay_name} is in quarantine")
 
 
 @quarantine_commands.command("release")
@@ -163,7 +181,7 @@ def list_quarantined() -> None:
 def release_quarantined(event_id: int) -> None:
     """Let the leader try event ID again, and then those that wait behind it."""
     settings = load(Settings)
-    with leadership.connect(settings.database_url) as connection:
+    with leadership.connect(settings.database_url, "quarantine release") as connection:
         quarantine.release(connection, settings.outbox_relay_name, event_id)
     click.echo(f"{event_id}: released; the leading relay tries it within about a second")
 
@@ -203,11 +221,17 @@ def _exit_code(command: Callable[..., Any]) -> int:
     except ConfigurationError as error:
         click.echo(f"outbox-relay: {error}", err=True)
         return 2
-    except (RefusedError, psycopg.Error, KafkaException) as error:
-        message = error.args[0].str() if isinstance(error, KafkaException) else str(error)
-        click.echo(f"outbox-relay: {' '.join(message.split())}", err=True)
+    except FAILURES as error:
+        click.echo(f"outbox-relay: {_told(error)}", err=True)
         return 1
     return 0
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, TimeoutError):  # of a client's future, which has no words of its own
+        return "Kafka did not answer in time"
+    text = error.args[0].str() if isinstance(error, KafkaException) else str(error)
+    return " ".join(text.split())
 
 
 if __name__ == "__main__":

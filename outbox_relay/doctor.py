@@ -123,7 +123,7 @@ def _within_time(name: str, examination: Iterator[Finding]) -> list[Finding]:
 def _examine_postgres(settings: Settings, allowed_bytes: dict[str, int]) -> Iterator[Finding]:
     """Examine the database, and fill `allowed_bytes` with the topics that the outbox takes."""
     try:
-        with leadership.connect(settings.database_url) as connection:
+        with leadership.connect(settings.database_url, "doctor") as connection:
             if behind := pooler.found_in(connection):
                 yield Finding("error", "pooler", behind)
                 return
@@ -306,8 +306,7 @@ def _quarantined(connection: psycopg.Connection, settings: Settings) -> Iterator
 
 def _unpublished(connection: psycopg.Connection, settings: Settings) -> Iterator[Finding]:
     name = settings.outbox_relay_name
-    held = connection.execute(sql.HOLDS_LEADERSHIP, {"name": name}).fetchone()
-    leads = held is not None and held[0] > 0
+    leads = leadership.holds(connection, name)
     if not leads:
         yield Finding("warning", "leader", f"no relay called {name} runs", "start outbox-relay run")
     for row in _rows(connection, sql.UNPUBLISHED, {"name": name}):

@@ -448,7 +448,7 @@ def newest_generation(settings: Settings, connection: psycopg.Connection) -> int
     newest_found = 0
     if settings.cursor_topic not in admin.list_topics(timeout=REQUEST_TIMEOUT_S).topics:
         return newest_found
-    for (topic,) in connection.execute(sql.TOPICS).fetchall():
+    for (topic,) in connection.execute(sql.TOPICS, {"name": settings.outbox_relay_name}).fetchall():
         found = CursorRecords(settings, topic, admin, lambda: None).read(to_the_end=False)
         newest_found = max(newest_found, 0 if found is None else found.generation)
     return newest_found

@@ -41,7 +41,7 @@ class Housekeeping(threading.Thread):
         structlog.contextvars.bind_contextvars(relay=self._settings.outbox_relay_name)
         while not self._stopping.is_set():
             try:
-                with leadership.connect(self._settings.database_url) as connection:
+                with leadership.connect(self._settings.database_url, "housekeeping") as connection:
                     # Between two rounds it is idle for longer than a leader's session may be.
                     connection.execute(sql.BE_PATIENT)
                     while not self._stopping.wait(INTERVAL_S):

@@ -31,6 +31,10 @@ HOT_PAUSE_S = 0.001
 # How often a lane looks for what else there may be to do than news.
 EXTRA_INTERVAL_S = 1.0
 FINISH_WITHIN_S = 4.0
+# So long after a sign of life of the leader's session nobody else can lead: a little less than its
+# idle_session_timeout. A process that was frozen must not send what its successor has sent.
+LEASE_S = 4.0
+LEASE_POLL_S = 0.01
 # At a time: the others shall not wait long for those that were released.
 RELEASE_MAX_ROWS = 100
 
@@ -59,10 +63,12 @@ class Lane(threading.Thread):
         self._brokers = BrokerReports(lambda reason: metrics.retried(reason, topic))
         self._stopping = threading.Event()
         self._stop_by_s = 0.0
+        self._leads_until_s = time.monotonic() + LEASE_S
         # Behind a refused record few rows at a time, until it is found; then more again.
         self._chunk_rows = settings.outbox_relay_chunk_max_rows
         self._last_news_s = self._last_extra_s = time.monotonic()
         self._waits_since_s: float | None = None
+        self._connection: psycopg.Connection | None = None
 
     @property
     def kafka_away_s(self) -> float:
@@ -71,11 +77,20 @@ class Lane(threading.Thread):
         waits_s = 0.0 if since_s is None else time.monotonic() - since_s
         return max(self.outage.lasted_s, waits_s)
 
-    def stop(self, within_s: float = FINISH_WITHIN_S) -> None:
+    def confirm(self, at_s: float) -> None:
+        """Be told that the leader's session lived at this (monotonic) time."""
+        self._leads_until_s = at_s + LEASE_S
+
+    def stop(self, within_s: float) -> None:
         """Ask it to end; what is in flight may take `within_s` seconds."""
         self._stop_by_s = time.monotonic() + within_s
         self._stopping.set()
         self.news.set()
+
+    def cut_off(self) -> None:
+        """Cut its session with Postgres, which it may hang in."""
+        if self._connection is not None:
+            leadership.cut(self._connection)
 
     def run(self) -> None:
         """Publish until stopped, or until something fails that ends the term."""
@@ -109,7 +124,8 @@ class Lane(threading.Thread):
     def _serve(self) -> None:
         """Publish with one connection to Postgres and one session with Kafka."""
         self._progress()
-        with leadership.connect(self._settings.database_url) as connection:
+        with leadership.connect(self._settings.database_url, self.name) as connection:
+            self._connection = connection
             connection.execute(sql.BE_PATIENT)
             with self._session(connection) as (delivery, quarantine):
                 position = delivery.cursor.position
@@ -165,6 +181,7 @@ class Lane(threading.Thread):
         self.works = True
         if chunk.position != position:
             self._last_news_s, self.asleep = time.monotonic(), False
+            self._wait_for_the_lease()
             self._send(delivery, quarantine.divert(chunk))
             return chunk.position
         delivery.settle()
@@ -172,6 +189,12 @@ class Lane(threading.Thread):
         self.outage.end_of(Exception)
         self._pause(delivery)
         return position
+
+    def _wait_for_the_lease(self) -> None:
+        """Wait until the leader is known to lead; it is the leader who gives up."""
+        while time.monotonic() > self._leads_until_s:
+            self._go_on()
+            time.sleep(LEASE_POLL_S)
 
     def _send(self, delivery: Delivery, chunk: Chunk) -> None:
         if chunk.rows:

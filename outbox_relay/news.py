@@ -11,7 +11,7 @@ import psycopg
 from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGresult
 
-from outbox_relay import sql
+from outbox_relay import leadership, sql
 from outbox_relay.reader import unseen_by
 
 ANSWER_WITHIN_S = 10.0
@@ -38,7 +38,8 @@ class News:
             self._seen, self._asked = None, set()
             return set()
         if self._seen is None:  # whatever was committed before this, they shall look for themselves
-            found = self._connection.execute(sql.SNAPSHOT).fetchone()
+            with leadership.answering(self._connection):
+                found = self._connection.execute(sql.SNAPSHOT).fetchone()
             self._seen = None if found is None else found[0]
             self._asked = set(topics)
             return set(topics)

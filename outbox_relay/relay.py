@@ -8,24 +8,23 @@ the cursor's compare-and-swap.
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import psycopg
 import structlog
-from confluent_kafka import KafkaException
 
-from outbox_relay import leadership, sql
+from outbox_relay import __version__, leadership, sql
 from outbox_relay.config import Settings
 from outbox_relay.cursor import LostLeadershipError
 from outbox_relay.housekeeping import Housekeeping
-from outbox_relay.lane import Lane
+from outbox_relay.lane import FINISH_WITHIN_S, Lane
 from outbox_relay.leadership import RefusedError, Term
 from outbox_relay.metrics import Metrics
 from outbox_relay.news import News
 from outbox_relay.notify import Notifier
 from outbox_relay.outages import Outage
-from outbox_relay.producer import make_admin
+from outbox_relay.reach import Reach
 from outbox_relay.stopping import Stop
 
 STANDBY_INTERVAL_S = 0.5
@@ -33,10 +32,12 @@ STANDBY_INTERVAL_S = 0.5
 ROUND_INTERVAL_S = 1.0
 # Who can't reach Kafka for so long lets another relay try, which may be better connected.
 KAFKA_AWAY_S = 5.0
-KAFKA_PROBE_TIMEOUT_S = 2.0
+# Who is in trouble for so long asks whether it is Kafka's or a topic's.
+ASK_KAFKA_AFTER_S = 1.0
 # Longer than a standby's interval: the one that gave up shall not be the next.
 STEP_DOWN_S = 2.0
-LANES_END_WITHIN_S = 15.0
+# Then their sessions with Postgres are cut, which ends those that hang there.
+LANES_END_WITHIN_S = 10.0
 
 log = structlog.get_logger()
 
@@ -47,6 +48,10 @@ class KafkaAwayError(Exception):
 
 class HangingError(Exception):
     """A part of this process waits for something that doesn't come."""
+
+
+class StuckError(Exception):
+    """A lane doesn't end, whatever is done: nothing but the process' end can help."""
 
 
 def works(lanes: dict[str, Lane]) -> bool:
@@ -67,13 +72,17 @@ class Relay:
     _outages: dict[str, Outage] = field(init=False, default_factory=dict)
     _refused: set[str] = field(init=False, default_factory=set)
     _said_leading: bool = field(init=False, default=False)
+    # Only while somebody wants to know.
+    _reach: Reach | None = field(init=False, default=None)
 
     def run(self) -> None:
         """Serve terms until stopped; what ends a term is waited for here.
 
         Raises:
             RefusedError: going on by itself could lose or double events.
+            StuckError: a part of this process hangs for good.
         """
+        log.info("started", version=__version__, delivery=self.settings.outbox_relay_delivery)
         outage = Outage()
         # Before Postgres has answered: an outage is waited for here, not by those behind us.
         self.notifier.ready()
@@ -103,16 +112,23 @@ class Relay:
 
     def _serve_term(self, outage: Outage) -> None:
         """Lead until stopped or until something fails."""
-        with leadership.connect(self.settings.database_url) as connection:
-            leadership.examine(connection)
+        name = self.settings.outbox_relay_name
+        with (
+            leadership.connect(self.settings.database_url, "standby") as connection,
+            ExitStack() as ends_with_it,
+        ):
+            ends_with_it.callback(self._ask_kafka, wanted=False)
+            with leadership.answering(connection):
+                leadership.examine(connection)
             if not self._wait_for_leadership(connection, outage):
                 return
-            term = leadership.begin_term(connection, self.settings.outbox_relay_name)
+            with leadership.answering(connection):
+                term = leadership.begin_term(connection, name)
             self.metrics.leading(True)
             housekeeping = Housekeeping(self.settings, self.metrics)
             housekeeping.start()
             try:
-                with self._lanes(term) as lanes:
+                with self._lanes() as lanes:
                     self._lead(connection, term, lanes, outage)
             finally:
                 housekeeping.stop()
@@ -132,8 +148,9 @@ class Relay:
         next_round_s = 0.0
         while not self.stop.requested:
             if time.monotonic() >= next_round_s:
-                self._open_lanes(connection, term, lanes)
-                self._refuse_to_hold_up(lanes)
+                with leadership.answering(connection):
+                    self._open_lanes(connection, term, lanes)
+                    self._refuse_to_hold_up(connection, lanes)
                 if works(lanes):
                     outage.end_of(Exception)
                     if not self._said_leading:
@@ -151,23 +168,17 @@ class Relay:
             time.sleep(self.settings.outbox_relay_poll_interval_ms / 1000)
 
     @contextmanager
-    def _lanes(self, term: Term) -> Iterator[dict[str, Lane]]:
+    def _lanes(self) -> Iterator[dict[str, Lane]]:
         """Give a place for lanes; whatever happens, they have ended behind it."""
         lanes: dict[str, Lane] = {}
+        finish_within_s = 0.0  # what is in flight must not wait for a lost connection
         try:
             yield lanes
-        except BaseException:
-            for lane in lanes.values():  # what is in flight must not wait for a lost connection
-                lane.stop(within_s=0)
-            raise
+            finish_within_s = FINISH_WITHIN_S
         finally:
             for lane in lanes.values():
-                lane.stop()
-            deadline_s = time.monotonic() + LANES_END_WITHIN_S
-            for lane in lanes.values():
-                lane.join(max(0.0, deadline_s - time.monotonic()))
-                if lane.is_alive():
-                    log.error("a lane does not end", topic=lane.topic, term=term.epoch)
+                lane.stop(finish_within_s)
+            _wait_for_the_end_of(lanes)
         self._raise_failure(lanes)
 
     def _raise_failure(self, lanes: dict[str, Lane]) -> None:
@@ -190,30 +201,51 @@ class Relay:
         self, connection: psycopg.Connection, term: Term, lanes: dict[str, Lane]
     ) -> None:
         """Start lanes for topics that have none yet: an outbox may get more of them."""
-        for (topic,) in connection.execute(sql.TOPICS):
+        asked_at_s = time.monotonic()
+        for (topic,) in connection.execute(sql.TOPICS, {"name": term.name}):
             if topic not in lanes:
                 outage = self._outages.setdefault(topic, Outage(topic=topic))
                 lanes[topic] = Lane(self.settings, term, topic, self.metrics, outage)
                 lanes[topic].start()
+            lanes[topic].confirm(asked_at_s)
 
-    def _refuse_to_hold_up(self, lanes: dict[str, Lane]) -> None:
-        """Give up leading when it is we who can't reach Kafka.
+    def _ask_kafka(self, *, wanted: bool) -> Reach | None:
+        """Ask whether Kafka answers while that is `wanted`; return what is known, if anything."""
+        if wanted and self._reach is None:
+            self._reach = Reach(self.settings.kafka_properties())
+        elif not wanted and self._reach is not None:
+            self._reach.stop()
+            self._reach = None
+        return self._reach
+
+    def _refuse_to_hold_up(self, connection: psycopg.Connection, lanes: dict[str, Lane]) -> None:
+        """Give up leading when it is we who can't reach Kafka, and another relay can.
 
         Raises:
             KafkaAwayError: no broker has answered us.
         """
-        if all(lane.kafka_away_s < KAFKA_AWAY_S for lane in lanes.values()):
-            return
-        admin = make_admin(self.settings.kafka_properties())
-        try:
-            admin.list_topics(timeout=KAFKA_PROBE_TIMEOUT_S)
-        except KafkaException as error:
-            raise KafkaAwayError(f"no broker has answered: {error.args[0].str()}") from error
+        away_s = max((lane.kafka_away_s for lane in lanes.values()), default=0.0)
+        reach = self._ask_kafka(wanted=away_s >= ASK_KAFKA_AFTER_S)
+        if (
+            away_s >= KAFKA_AWAY_S
+            and reach is not None
+            and reach.error is not None
+            and leadership.has_fit_standby(connection, self.settings.outbox_relay_name)
+        ):
+            raise KafkaAwayError(f"no broker has answered: {reach.error}")
 
     def _wait_for_leadership(self, connection: psycopg.Connection, outage: Outage) -> bool:
         """Return True as the leader, False when stopped while standing by."""
+        name = self.settings.outbox_relay_name
+        standby = leadership.Standby(connection, name)
         said = False
-        while not leadership.try_lock(connection, self.settings.outbox_relay_name):
+        while True:
+            with leadership.answering(connection):
+                if leadership.try_lock(connection, name):
+                    standby.tell(fit=False)
+                    break
+                reach = self._ask_kafka(wanted=True)
+                standby.tell(fit=reach is not None and reach.answers)
             outage.end_of(psycopg.Error, LostLeadershipError, HangingError)
             self._outages.clear()  # another's now
             if not said:
@@ -225,3 +257,24 @@ class Relay:
                 return False
         self.metrics.standing_by(False)
         return True
+
+
+def _wait_for_the_end_of(lanes: dict[str, Lane]) -> None:
+    """Wait until all have ended.
+
+    Raises:
+        StuckError: one of them doesn't.
+    """
+    _join(lanes)
+    for lane in lanes.values():
+        if lane.is_alive():
+            lane.cut_off()
+    _join(lanes)
+    if left := sorted(lane.topic for lane in lanes.values() if lane.is_alive()):
+        raise StuckError(f"the lanes of these topics do not end: {', '.join(left)}")
+
+
+def _join(lanes: dict[str, Lane]) -> None:
+    deadline_s = time.monotonic() + LANES_END_WITHIN_S
+    for lane in lanes.values():
+        lane.join(max(0.0, deadline_s - time.monotonic()))

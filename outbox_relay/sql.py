@@ -48,6 +48,16 @@ WHERE seqrelid = pg_get_serial_sequence('public.outbox', 'id')::regclass
 
 TRY_LEADERSHIP = "SELECT pg_try_advisory_lock(hashtextextended('outbox-relay:' || %(name)s, 0))"
 
+# Standbys share a lock while they are fit to lead, so that a leader knows whether to give way.
+TRY_STANDBY = """
+SELECT pg_try_advisory_lock_shared(hashtextextended('outbox-relay:standby:' || %(name)s, 0))
+"""
+END_STANDBY = """
+SELECT pg_advisory_unlock_shared(hashtextextended('outbox-relay:standby:' || %(name)s, 0))
+"""
+
+CALL_ITSELF = "SELECT set_config('application_name', 'outbox-relay ' || %(purpose)s, false)"
+
 HOLDS_LEADERSHIP = """
 SELECT count(*) FROM pg_locks,
        LATERAL (SELECT hashtextextended('outbox-relay:' || %(name)s, 0) AS key) AS wanted
@@ -56,7 +66,13 @@ WHERE locktype = 'advisory' AND objsubid = 1 AND granted
   AND (classid::bigint << 32 | objid::bigint) = wanted.key
 """
 
-TOPICS = "SELECT topic FROM outbox_topics ORDER BY topic"
+# One that the outbox doesn't take any more still has a cursor, which keeps its last events and the
+# outbox's partitions until it has passed them.
+TOPICS = """
+SELECT topic FROM outbox_topics
+UNION SELECT topic FROM outbox_relay_cursor WHERE relay_name = %(name)s
+ORDER BY topic
+"""
 
 # Every topic's row gets the term's number: whoever led before can't move any of them.
 BEGIN_TERM = """
@@ -284,7 +300,7 @@ RESUME_PREVIEW = """
 SELECT count(*) FILTER (WHERE id >= %(from_id)s), count(*) FILTER (WHERE id < %(from_id)s),
        count(*) FILTER (WHERE id >= %(from_id)s
            AND pg_visible_in_snapshot(transaction_id, published_snapshot)),
-       pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text
+       pg_current_snapshot()::text, pg_current_wal_insert_lsn()::text, max(id)
 FROM outbox LEFT JOIN outbox_relay_cursor AS c ON c.topic = outbox.topic AND relay_name = %(name)s
 WHERE outbox.topic = coalesce(%(topic)s::text, outbox.topic)
 """

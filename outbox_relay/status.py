@@ -14,27 +14,28 @@ from outbox_relay.reader import EMPTY_SNAPSHOT, Position
 RATE_OVER_S = 1.0
 
 
-def status(connection: psycopg.Connection, settings: Settings) -> dict[str, Any]:
+def status(
+    connection: psycopg.Connection, settings: Settings, rate_over_s: float = RATE_OVER_S
+) -> dict[str, Any]:
     """Return the relay's state, in `topics` that of each topic.
 
     `lag_rows` events are committed and not yet published, the oldest, `oldest_id`, for
     `lag_seconds`; `leader` is `host:pid` of the active relay or None, `rate` its events per second
-    just now; `cursor` is None before the first run. Under exactly_once all of this is what Postgres
-    knows, up to a second late.
+    just now, over `rate_over_s`; `cursor` is None before the first run. Under exactly_once all of
+    this is what Postgres knows, up to a second late.
     """
     name = settings.outbox_relay_name
-    held = connection.execute(sql.HOLDS_LEADERSHIP, {"name": name}).fetchone()
-    leads = held is not None and held[0] > 0
+    leads = leadership.holds(connection, name)
     before = _published_rows(connection, name)
     started_s = time.monotonic()
     rows = cursor.load_rows(connection, name)
     topics = {row["topic"]: _topic(connection, row["topic"], from_row(row)) for row in rows}
-    for (topic,) in connection.execute(sql.TOPICS).fetchall():
+    for (topic,) in connection.execute(sql.TOPICS, {"name": name}).fetchall():
         if topic not in topics:
             topics[topic] = _topic(connection, topic, None)
     counts = connection.execute(sql.QUARANTINE_COUNT, {"name": name}).fetchall()
     if leads:
-        time.sleep(max(0.0, RATE_OVER_S - (time.monotonic() - started_s)))
+        time.sleep(max(0.0, rate_over_s - (time.monotonic() - started_s)))
     published = _published_rows(connection, name) - before
     behind = [topic for topic in topics.values() if topic["lag_rows"]]
     return {
@@ -75,6 +76,8 @@ def refuse_while_running(connection: psycopg.Connection, name: str) -> None:
     """
     if not leadership.try_lock(connection, name):
         raise RefusedError(f"the relay {name} is running; stop it first")
+    # Kafka may be waited for longer than a leader's session may be silent.
+    connection.execute(sql.BE_PATIENT)
 
 
 def resume(
@@ -85,13 +88,14 @@ def resume(
     topic: str | None = None,
     *,
     apply: bool,
-) -> dict[str, int]:
+) -> dict[str, int | None]:
     """Make the cursors say that all committed rows before `from_id` are published; return counts.
 
     All topics' cursors, or only that of `topic`.
 
     Changes nothing without `apply`. Rows of transactions that are open now are published whatever
     their ids. `generation` is the newest that Kafka knows of; the cursors get a newer one.
+    `newest_id` is that of the last row there is, None without any.
 
     Raises:
         RefusedError: it has never run.
@@ -106,7 +110,7 @@ def resume(
     of_what = {"name": name, "topic": topic}
     found = connection.execute(sql.RESUME_PREVIEW, {**of_what, "from_id": from_id}).fetchone()
     assert found is not None, "an aggregate returns one row"  # noqa: S101
-    to_publish, to_skip, to_repeat, snapshot, wal_lsn = found
+    to_publish, to_skip, to_repeat, snapshot, wal_lsn, newest_id = found
     if apply:
         connection.execute(
             sql.RESUME,
@@ -124,7 +128,7 @@ def resume(
             },
         )
     return {
-        "from_id": from_id,
+        "newest_id": newest_id,
         "publishes_rows": to_publish,
         "repeats_rows": to_repeat,
         "skips_rows": to_skip,
