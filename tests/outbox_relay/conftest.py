@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import psycopg
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from devstack.kafka import KafkaCluster
 from devstack.processes import Process
 from devstack.state import Run
+from outbox_relay import leadership, status
+from outbox_relay.config import Settings
 from tests.conftest import RunProcess, UniqueTopic
 from tests.databases import ReservationDatabase
 from tests.outbox_relay.records import Record, read_topic
@@ -57,6 +60,16 @@ class Outbox:
                 " FROM generate_series(1, %s) AS n",
                 (self.topic, keys, payload_bytes, count),
             )
+
+    def status(self) -> dict[str, Any]:
+        """What `outbox-relay status` knows, without the second that it takes to tell the rate."""
+        settings = Settings(
+            outbox_relay_database_url=self.database.relay_url,
+            kafka_bootstrap_servers=self.bootstrap_servers,
+            outbox_relay_name=self.relay_name,
+        )
+        with leadership.connect(self.database.relay_url) as connection:
+            return status.status(connection, settings, rate_over_s=0)
 
     def records(self) -> list[Record]:
         """Everything in the topic now."""

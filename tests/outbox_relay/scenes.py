@@ -1,13 +1,11 @@
 """What the fault tests stand on: an outbox under exactly_once, and the truth about it."""
 
 import itertools
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import psycopg
 from confluent_kafka import IsolationLevel, TopicPartition
@@ -63,11 +61,6 @@ class ExactlyOnceOutbox(Outbox):
         """What a read_committed consumer has of each key, in order."""
         records = read_topic(self.bootstrap_servers, topic or self.topic)
         return _by_key((r.key, r.value) for r in records)
-
-    def status(self) -> dict[str, Any]:
-        """What `outbox-relay status --json` says."""
-        found: dict[str, Any] = json.loads(self.succeed("status", "--json"))
-        return found
 
     def command(
         self, *arguments: str, timeout_s: float = 60, **environment: str

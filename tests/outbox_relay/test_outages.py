@@ -13,15 +13,7 @@ from devstack.postgres import PostgresServer
 from tests.conftest import MakeKafkaCluster, MakePostgresServer
 from tests.databases import create_reservation_database
 from tests.outbox_relay.conftest import Outbox, StartRelay
-from tests.outbox_relay.test_relay import status
 from tests.waiting import wait_until
-
-# To be asked by the relay's own role: of others' sessions Postgres tells nothing.
-SESSION_OF_13_S = """
-SELECT count(*) FROM pg_stat_activity
-WHERE datname = current_database() AND application_name = 'outbox-relay'
-  AND backend_start < clock_timestamp() - interval '13 seconds'
-"""
 
 
 def command(outbox: Outbox, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -59,7 +51,7 @@ def test_the_relay_outlives_a_crash_of_postgres_and_says_so_once(
     wait_until(lambda: "waiting" in relay.log.read_text(), 20, "the outage to be said")
     server.start()
     outbox.insert("a", "2")
-    wait_until(lambda: status(outbox)["lag_rows"] == 0, 30, "the second row")
+    wait_until(lambda: outbox.status()["lag_rows"] == 0, 30, "the second row")
     assert relay.alive
     # At least once: the crash may have come between acknowledgement and cursor.
     assert list(dict.fromkeys(r.value for r in outbox.records())) == [b"1", b"2"]
@@ -90,13 +82,13 @@ def test_the_relay_waits_for_kafka_and_publishes_everything_when_it_is_back(
     outbox = replace(outbox, bootstrap_servers=cluster.bootstrap_servers)
     relay = start_relay(outbox)
     outbox.insert("a", "0")
-    wait_until(lambda: status(outbox)["lag_rows"] == 0, 20, "the first row")
+    wait_until(lambda: outbox.status()["lag_rows"] == 0, 20, "the first row")
     (broker,) = cluster.brokers
     broker.kill()
     outbox.insert_many(500)
     assert relay.alive
     broker.start()
-    wait_until(lambda: status(outbox)["lag_rows"] == 0, 60, "the backlog")
+    wait_until(lambda: outbox.status()["lag_rows"] == 0, 60, "the backlog")
     assert relay.alive
     assert len({r.value for r in outbox.records()}) == 501
 
@@ -112,7 +104,7 @@ def test_a_missing_topic_is_waited_for(
     relay = start_relay(waiting)
     wait_until(lambda: "leading" in relay.log.read_text(), 20, "the relay to lead")
     kafka.create_topic(later, 1)
-    wait_until(lambda: status(waiting)["lag_rows"] == 0, 60, "the row")
+    wait_until(lambda: waiting.status()["lag_rows"] == 0, 60, "the row")
     assert [r.value for r in waiting.records()] == [b"1"]
 
 
@@ -132,7 +124,7 @@ def test_a_relay_that_may_not_read_backs_off_and_says_so_once(
         assert len(relay.log.read_text().splitlines()) <= 2
         connection.execute("GRANT SELECT ON outbox TO outbox_relay")
     outbox.insert("a", "1")
-    wait_until(lambda: status(outbox)["lag_rows"] == 0, 30, "the row")
+    wait_until(lambda: outbox.status()["lag_rows"] == 0, 30, "the row")
 
 
 def test_a_standby_is_refused_and_a_promoted_server_needs_resume(
@@ -142,7 +134,7 @@ def test_a_standby_is_refused_and_a_promoted_server_needs_resume(
     for number in (1, 2, 3):
         outbox.insert("a", str(number))
     relay = start_relay(outbox)
-    wait_until(lambda: status(outbox)["lag_rows"] == 0 and outbox.records(), 20, "all rows")
+    wait_until(lambda: outbox.status()["lag_rows"] == 0 and outbox.records(), 20, "all rows")
     relay.stop()
 
     server.stop()
@@ -176,7 +168,7 @@ def test_a_standby_is_refused_and_a_promoted_server_needs_resume(
     assert "skip 2" in done.stdout
     outbox.insert("a", "4")
     start_relay(outbox)
-    wait_until(lambda: status(outbox)["lag_rows"] == 0, 20, "what is new")
+    wait_until(lambda: outbox.status()["lag_rows"] == 0, 20, "what is new")
     assert [r.value for r in outbox.records()] == [b"1", b"2", b"3", b"3", b"4"]
 
 

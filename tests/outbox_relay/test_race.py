@@ -3,7 +3,7 @@
 import json
 
 from tests.outbox_relay.conftest import Outbox, StartRelay
-from tests.outbox_relay.test_relay import published_rows, status
+from tests.outbox_relay.test_relay import published_rows
 from tests.outbox_relay.writers import Writers, judge
 from tests.outbox_relay.wrong_readers import BY_ID, BY_TRANSACTION_BELOW_HORIZON, WrongReader
 from tests.waiting import wait_until
@@ -30,7 +30,7 @@ def test_a_relay_killed_again_and_again_under_writers_of_every_kind_loses_and_re
             wait_until_published(outbox, target)
             relay.kill()
     start_relay(outbox)
-    wait_until(lambda: status(outbox)["lag_rows"] == 0, 60, "everything to be published")
+    wait_until(lambda: outbox.status()["lag_rows"] == 0, 60, "everything to be published")
 
     published = [(r.key, json.loads(r.value)["number"]) for r in outbox.records()]
     verdict = judge(outbox.database.owner_url, published)

@@ -15,7 +15,7 @@ from tests.waiting import wait_until
 BACKLOG_ROWS = 100_000
 
 
-def status(outbox: Outbox) -> dict[str, object]:
+def status_command(outbox: Outbox) -> dict[str, object]:
     done = subprocess.run(
         [sys.executable, "-m", "outbox_relay", "status", "--json"],
         env=outbox.environment(),
@@ -72,11 +72,11 @@ def test_sigterm_ends_the_relay_with_exit_0_and_nothing_is_published_twice_after
 ) -> None:
     outbox.insert_many(2_000)
     first = start_relay(outbox)
-    wait_until(lambda: status(outbox)["lag_rows"] == 0, 20, "the backlog to be published")
+    wait_until(lambda: outbox.status()["lag_rows"] == 0, 20, "the backlog to be published")
     assert first.stop() == 0
     outbox.insert("later", "{}")
     start_relay(outbox)
-    wait_until(lambda: status(outbox)["lag_rows"] == 0, 20, "the later row")
+    wait_until(lambda: outbox.status()["lag_rows"] == 0, 20, "the later row")
     assert len(outbox.records()) == 2_001
 
 
@@ -85,7 +85,7 @@ def test_a_backlog_larger_than_a_chunk_is_published_once_and_in_order(
 ) -> None:
     outbox.insert_many(12_345)
     start_relay(outbox, {"OUTBOX_RELAY_CHUNK_MAX_ROWS": "1000"})
-    wait_until(lambda: status(outbox)["lag_rows"] == 0, 30, "the backlog")
+    wait_until(lambda: outbox.status()["lag_rows"] == 0, 30, "the backlog")
     numbers_by_key: dict[str, list[int]] = {}
     for record in outbox.records():
         numbers_by_key.setdefault(record.key, []).append(json.loads(record.value)["n"])
@@ -105,7 +105,7 @@ def test_a_relay_that_restarts_in_the_middle_of_a_batch_goes_on_behind_what_it_s
     assert 500 <= stored < BACKLOG_ROWS
     arrived = len(outbox.records())
     relay = start_relay(outbox, small)
-    wait_until(lambda: status(outbox)["lag_rows"] == 0, 60, "the rest")
+    wait_until(lambda: outbox.status()["lag_rows"] == 0, 60, "the rest")
     records = outbox.records()
     # What was sent and not yet stored may come twice, and nothing else.
     assert BACKLOG_ROWS <= len(records) <= arrived + BACKLOG_ROWS - stored
@@ -140,7 +140,7 @@ def test_a_stopped_leader_loses_its_lock_and_changes_nothing_when_it_wakes_up(
 ) -> None:
     first = start_relay(outbox)
     outbox.insert("a", "1")
-    wait_until(lambda: status(outbox)["lag_rows"] == 0 and outbox.records(), 20, "the first row")
+    wait_until(lambda: outbox.status()["lag_rows"] == 0 and outbox.records(), 20, "the first row")
     first.pause()
     start_relay(outbox)
     outbox.insert("a", "2")
@@ -148,7 +148,7 @@ def test_a_stopped_leader_loses_its_lock_and_changes_nothing_when_it_wakes_up(
     wait_until(lambda: len(outbox.records()) == 2, 30, "the second relay to take over")
     first.resume()
     outbox.insert("a", "3")
-    wait_until(lambda: status(outbox)["lag_rows"] == 0, 20, "the third row")
+    wait_until(lambda: outbox.status()["lag_rows"] == 0, 20, "the third row")
     wait_until(lambda: "standing by" in first.log.read_text(), 20, "the first to stand by")
     assert [r.value for r in outbox.records()] == [b"1", b"2", b"3"]
 
@@ -168,22 +168,22 @@ def test_rows_written_while_the_relay_is_down_and_of_a_rollback_are_told_apart(
                 connection.rollback()
     start_relay(outbox)
     wait_until(lambda: len(outbox.records()) >= 2, 20, "both committed rows")
-    wait_until(lambda: status(outbox)["lag_rows"] == 0, 20, "no lag")
+    wait_until(lambda: outbox.status()["lag_rows"] == 0, 20, "no lag")
     assert [r.value for r in outbox.records()] == [b"true", b"true"]
 
 
 def test_status_tells_leader_lag_and_cursor(outbox: Outbox, start_relay: StartRelay) -> None:
     outbox.insert("a", "1")
-    before = status(outbox)
+    before = status_command(outbox)
     assert before["lag_rows"] == 1
     assert before["leader"] is None
     assert before["cursor"] is None
     assert set(before) >= {"name", "delivery", "leader", "lag_rows", "lag_seconds", "quarantined"}
     relay = start_relay(outbox)
-    wait_until(lambda: status(outbox)["lag_rows"] == 0, 20, "no lag")
-    assert str(status(outbox)["leader"]).endswith(f":{relay.pid}")
+    wait_until(lambda: outbox.status()["lag_rows"] == 0, 20, "no lag")
+    assert str(status_command(outbox)["leader"]).endswith(f":{relay.pid}")
     relay.stop()
-    assert status(outbox)["leader"] is None
+    assert status_command(outbox)["leader"] is None
 
 
 def test_log_lines_are_json_and_hold_no_password(outbox: Outbox, start_relay: StartRelay) -> None:
@@ -192,7 +192,7 @@ def test_log_lines_are_json_and_hold_no_password(outbox: Outbox, start_relay: St
     relay.stop()
     text = relay.log.read_text()
     events = [json.loads(line)["event"] for line in text.splitlines()]
-    assert events[0] == "leading"
+    assert events[:2] == ["started", "leading"]
     assert events[-1] == "stopped leading"
     password = psycopg.conninfo.conninfo_to_dict(outbox.database.relay_url)["password"]
     assert str(password) not in text
@@ -212,7 +212,7 @@ def test_metrics_and_health_are_served(outbox: Outbox, start_relay: StartRelay) 
     port = free_port()
     start_relay(outbox, {"METRICS_PORT": str(port)})
     outbox.insert("a", "1")
-    wait_until(lambda: status(outbox)["lag_rows"] == 0 and outbox.records(), 20, "the row")
+    wait_until(lambda: outbox.status()["lag_rows"] == 0 and outbox.records(), 20, "the row")
     base = f"http://127.0.0.1:{port}"
     counted = f'outbox_relay_published_events_total{{topic="{outbox.topic}"}} 1.0'
     assert "outbox_relay_leader 1.0" in httpx.get(f"{base}/metrics").text
