@@ -104,10 +104,10 @@ class AtLeastOnce:
         """Note that nothing is to be published up to `position`."""
         self._begin(Chunk((), position))
 
-    def publish_released(self, row: Row) -> None:
-        """Publish a quarantined event and wait for it; the cursor stays where it is."""
+    def publish_released(self, rows: Sequence[Row]) -> None:
+        """Publish quarantined events and wait for them; the cursor stays where it is."""
         self.finish()
-        self.send(Chunk([row], self.cursor.position))
+        self.send(Chunk(rows, self.cursor.position))
         self.finish()
 
     def settle(self) -> None:

@@ -145,12 +145,13 @@ class ExactlyOnce:
         else:
             self._open.cursor = replace(self._open.cursor, position=position)
 
-    def publish_released(self, row: Row) -> None:
-        """Publish and commit a quarantined event, whose id the cursor then carries."""
+    def publish_released(self, rows: Sequence[Row]) -> None:
+        """Publish and commit quarantined events, whose ids the cursor then carries."""
         self.settle()
         transaction = self._begin(0.0)
-        transaction.cursor = replace(transaction.cursor, released=(row[0],))
-        self._produce(transaction, Chunk([row], self.cursor.position))
+        released = tuple(row[0] for row in rows)
+        transaction.cursor = replace(transaction.cursor, released=released)
+        self._produce(transaction, Chunk(rows, self.cursor.position))
         self.settle()
 
     def settle(self) -> None:

@@ -63,7 +63,8 @@ class Housekeeping(threading.Thread):
         name = self._settings.outbox_relay_name
         for row in cursor.load_rows(connection, name):
             position = cursor.from_row(row).position
-            rows, seconds, _ = status.lag(connection, row["topic"], position)
-            self._metrics.lag(row["topic"], rows, seconds)
+            self._metrics.lag(
+                row["topic"], *status.lag_at_least(connection, row["topic"], position)
+            )
         for topic, events in connection.execute(sql.QUARANTINE_COUNT, {"name": name}):
             self._metrics.quarantined(topic, events)

@@ -17,7 +17,7 @@ from confluent_kafka import KafkaException
 from outbox_relay import leadership, reader, sql
 from outbox_relay.at_least_once import AtLeastOnce
 from outbox_relay.config import Settings
-from outbox_relay.exactly_once import ExactlyOnce
+from outbox_relay.exactly_once import TRANSACTION_MAX_CHUNKS, ExactlyOnce
 from outbox_relay.leadership import Term
 from outbox_relay.metrics import Metrics
 from outbox_relay.outages import BrokerReports, Outage
@@ -36,7 +36,7 @@ FINISH_WITHIN_S = 4.0
 LEASE_S = 4.0
 LEASE_POLL_S = 0.01
 # At a time: the others shall not wait long for those that were released.
-RELEASE_MAX_ROWS = 100
+RELEASE_MAX_S = 0.5
 
 Delivery = AtLeastOnce | ExactlyOnce
 
@@ -66,6 +66,8 @@ class Lane(threading.Thread):
         self._leads_until_s = time.monotonic() + LEASE_S
         # Behind a refused record few rows at a time, until it is found; then more again.
         self._chunk_rows = settings.outbox_relay_chunk_max_rows
+        # So many chunks are waited for one by one, however many rows they may have.
+        self._alone_chunks = 0
         self._last_news_s = self._last_extra_s = time.monotonic()
         self._waits_since_s: float | None = None
         self._connection: psycopg.Connection | None = None
@@ -118,7 +120,7 @@ class Lane(threading.Thread):
             self._stopping.wait(self.outage.backoff_s)
         except RecordRefusedError as error:
             # Sent again one by one, until the one that is refused alone is known.
-            self._chunk_rows = 1
+            self._chunk_rows, self._alone_chunks = 1, TRANSACTION_MAX_CHUNKS
             self._metrics.retried(type(error).__name__, self.topic)
 
     def _serve(self) -> None:
@@ -127,6 +129,7 @@ class Lane(threading.Thread):
         with leadership.connect(self._settings.database_url, self.name) as connection:
             self._connection = connection
             connection.execute(sql.BE_PATIENT)
+            connection.execute(sql.LIMIT_READS)
             with self._session(connection) as (delivery, quarantine):
                 position = delivery.cursor.position
                 while not self._stopping.is_set():
@@ -201,12 +204,18 @@ class Lane(threading.Thread):
             delivery.send(chunk)
         else:
             delivery.move(chunk.position)
-        if self._chunk_rows < self._settings.outbox_relay_chunk_max_rows:
+        if self._alone_chunks or self._chunk_rows < self._settings.outbox_relay_chunk_max_rows:
             delivery.finish()
-            self._chunk_rows = min(2 * self._chunk_rows, self._settings.outbox_relay_chunk_max_rows)
+            self._alone_chunks = max(0, self._alone_chunks - 1)
+            self._grow()
         elif not chunk.more:
             # In the middle of a backlog the next chunk is read while Kafka takes this one.
             delivery.settle()
+
+    def _grow(self) -> None:
+        """Take more rows at a time again, up to what is set."""
+        most = self._settings.outbox_relay_chunk_max_rows
+        self._chunk_rows = min(2 * self._chunk_rows, most)
 
     def _extra(
         self,
@@ -217,18 +226,24 @@ class Lane(threading.Thread):
     ) -> Position:
         """Do what a topic without news still needs: released events, a cursor that keeps up."""
         self._last_extra_s = time.monotonic()
-        released = 0
-        while quarantine and released < RELEASE_MAX_ROWS and (ready := quarantine.ready()):
-            for row in ready:
-                delivery.publish_released(row)
-                quarantine.published([row])
-            released += len(ready)
-        if released:
-            log.info("released", topic=self.topic, events=released)
+        if quarantine:
+            self._release(delivery, quarantine)
         passed = reader.skip_other_topics(connection, position, self.topic)
         if passed != position:
             delivery.move(passed)
         return passed
+
+    def _release(self, delivery: Delivery, quarantine: Quarantine) -> None:
+        """Publish what was released, for a while."""
+        until_s, released = time.monotonic() + RELEASE_MAX_S, 0
+        while time.monotonic() < until_s and (ready := quarantine.ready(self._chunk_rows)):
+            self._wait_for_the_lease()
+            delivery.publish_released(ready)
+            quarantine.published(ready)
+            released += len(ready)
+            self._grow()
+        if released:
+            log.info("released", topic=self.topic, events=released)
 
     def _pause(self, delivery: Delivery) -> None:
         if delivery.wait(HOT_PAUSE_S):

@@ -27,7 +27,7 @@ class Metrics:
         self._standby = self._gauge("standby", "1 while this process stands by for the leader.")
         self._lag_rows = self._gauge(
             "lag_rows",
-            "Committed events of a topic that are not published; of the leader.",
+            "Committed events of a topic that are not published; counted up to some 100,000.",
             "topic",
         )
         self._oldest_age_s = self._gauge(

@@ -16,7 +16,8 @@ from outbox_relay.leadership import RefusedError
 from outbox_relay.reader import Chunk, Row
 
 LIST_MAX_ROWS = 10_000
-READY_MAX_KEYS = 100
+READY_MAX_ROWS = 500
+READY_MAX_BYTES = 4 * 2**20
 
 
 class Quarantine:
@@ -54,10 +55,11 @@ class Quarantine:
         )
         self._keys.add(row[1])
 
-    def ready(self) -> list[Row]:
-        """Return events that may be tried now, at most one of a key."""
+    def ready(self, max_rows: int) -> list[Row]:
+        """Return events that may be tried now, in order."""
+        bounds = {"max_rows": min(max_rows, READY_MAX_ROWS), "max_bytes": READY_MAX_BYTES}
         found = self._connection.execute(
-            sql.QUARANTINE_READY, {**self._named, "max_rows": READY_MAX_KEYS}, binary=True
+            sql.QUARANTINE_READY, {**self._named, **bounds}, binary=True
         )
         return found.fetchall()
 

@@ -97,10 +97,17 @@ def read(
     limits = Limits(topic=topic, max_rows=max_rows, max_bytes=max_bytes)
     if position.batch_snapshot is not None:
         return _read_big_batch(connection, position, limits)
-    chunk = _read_fresh(connection, position, limits)
-    if chunk is None:
-        return _read_big_batch(connection, _begin_big_batch(connection, position, topic), limits)
-    return chunk
+    # A relay's first batch is the whole table: no need to visit all of it to know where it begins.
+    whole = position.published_snapshot == EMPTY_SNAPSHOT
+    try:
+        chunk = _read_fresh(connection, position, limits)
+        if chunk is not None:
+            return chunk
+        batch = _begin_big_batch(connection, position, topic, whole=whole)
+    except psycopg.errors.QueryCanceled:
+        # Too many rows of other topics lie in between: whatever there is is walked through, then.
+        batch = _begin_big_batch(connection, position, topic, whole=True)
+    return _read_big_batch(connection, batch, limits)
 
 
 def skip_other_topics(connection: psycopg.Connection, position: Position, topic: str) -> Position:
@@ -111,9 +118,12 @@ def skip_other_topics(connection: psycopg.Connection, position: Position, topic:
     """
     if position.batch_snapshot is not None:
         return position
-    found = connection.execute(
-        sql.SKIP_OTHER_TOPICS, {**position.unpublished(), "topic": topic}, prepare=True
-    ).fetchone()
+    try:
+        found = connection.execute(
+            sql.SKIP_OTHER_TOPICS, {**position.unpublished(), "topic": topic}, prepare=True
+        ).fetchone()
+    except psycopg.errors.QueryCanceled:  # too many: `read` passes them
+        return position
     if found is None:
         return position
     _flush_wal(connection, found[1])
@@ -137,13 +147,10 @@ def _read_fresh(connection: psycopg.Connection, position: Position, limits: Limi
     return Chunk(found, batch, float(age_s))
 
 
-def _begin_big_batch(connection: psycopg.Connection, position: Position, topic: str) -> Position:
-    # A relay's first batch is the whole table: no need to visit all of it to know where it begins.
-    statement = (
-        sql.BEGIN_WHOLE_OUTBOX
-        if position.published_snapshot == EMPTY_SNAPSHOT
-        else sql.BEGIN_BIG_BATCH
-    )
+def _begin_big_batch(
+    connection: psycopg.Connection, position: Position, topic: str, *, whole: bool
+) -> Position:
+    statement = sql.BEGIN_WHOLE_OUTBOX if whole else sql.BEGIN_BIG_BATCH
     found = connection.execute(statement, {**position.unpublished(), "topic": topic}).fetchone()
     assert found is not None, "an aggregate returns one row"  # noqa: S101
     snapshot, wal_lsn, first_id = found

@@ -38,6 +38,7 @@ ASK_KAFKA_AFTER_S = 1.0
 STEP_DOWN_S = 2.0
 # Then their sessions with Postgres are cut, which ends those that hang there.
 LANES_END_WITHIN_S = 10.0
+LANES_BREAK_OFF_WITHIN_S = 2.0
 
 log = structlog.get_logger()
 
@@ -171,14 +172,15 @@ class Relay:
     def _lanes(self) -> Iterator[dict[str, Lane]]:
         """Give a place for lanes; whatever happens, they have ended behind it."""
         lanes: dict[str, Lane] = {}
-        finish_within_s = 0.0  # what is in flight must not wait for a lost connection
+        # What is in flight must not wait for a lost connection.
+        finish_within_s, end_within_s = 0.0, LANES_BREAK_OFF_WITHIN_S
         try:
             yield lanes
-            finish_within_s = FINISH_WITHIN_S
+            finish_within_s, end_within_s = FINISH_WITHIN_S, LANES_END_WITHIN_S
         finally:
             for lane in lanes.values():
                 lane.stop(finish_within_s)
-            _wait_for_the_end_of(lanes)
+            _wait_for_the_end_of(lanes, end_within_s)
         self._raise_failure(lanes)
 
     def _raise_failure(self, lanes: dict[str, Lane]) -> None:
@@ -259,22 +261,22 @@ class Relay:
         return True
 
 
-def _wait_for_the_end_of(lanes: dict[str, Lane]) -> None:
-    """Wait until all have ended.
+def _wait_for_the_end_of(lanes: dict[str, Lane], within_s: float) -> None:
+    """Wait until all have ended; those that have not `within_s` seconds are cut from Postgres.
 
     Raises:
         StuckError: one of them doesn't.
     """
-    _join(lanes)
+    _join(lanes, within_s)
     for lane in lanes.values():
         if lane.is_alive():
             lane.cut_off()
-    _join(lanes)
+    _join(lanes, LANES_END_WITHIN_S)
     if left := sorted(lane.topic for lane in lanes.values() if lane.is_alive()):
         raise StuckError(f"the lanes of these topics do not end: {', '.join(left)}")
 
 
-def _join(lanes: dict[str, Lane]) -> None:
-    deadline_s = time.monotonic() + LANES_END_WITHIN_S
+def _join(lanes: dict[str, Lane], within_s: float) -> None:
+    deadline_s = time.monotonic() + within_s
     for lane in lanes.values():
         lane.join(max(0.0, deadline_s - time.monotonic()))

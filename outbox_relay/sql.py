@@ -139,6 +139,9 @@ TIMELINE_HISTORY = "SELECT pg_read_file('pg_wal/' || %(timeline)s || '.history')
 # Of a lane, which may wait for Kafka longer than a leader may be silent.
 BE_PATIENT = "SELECT set_config('idle_session_timeout', '60s', false)"
 
+# Of a lane, too: a read that takes longer is made in another way.
+LIMIT_READS = "SELECT set_config('statement_timeout', '10s', false)"
+
 SNAPSHOT = "SELECT pg_current_snapshot()::text"
 
 # Which of the topics have rows that a snapshot has not seen: asked while lanes have nothing to do.
@@ -296,6 +299,31 @@ WHERE topic = %(topic)s
   AND (transaction_id >= %(xmax)s::xid8 OR transaction_id = ANY (%(in_progress)s::xid8[]))
 """
 
+# The same for a gauge, which must not cost more the further the relay is behind: of each part of
+# what may be unpublished (the batch under way, transactions open at its beginning, later ones) so
+# many rows are looked at, whatever their topics. `newest` is the batch's snapshot where there is
+# one, else the published one.
+LAG_MAX_ROWS = 100_000
+LAG_AT_LEAST = """
+SELECT count(*), coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0)::float8
+FROM (
+    (SELECT topic, transaction_id, created_at FROM outbox
+     WHERE id > %(batch_last_id)s::bigint
+       AND pg_visible_in_snapshot(transaction_id, %(batch_snapshot)s::pg_snapshot)
+     ORDER BY id LIMIT 100000)
+    UNION ALL
+    (SELECT topic, transaction_id, created_at FROM outbox
+     WHERE transaction_id = ANY (%(in_progress)s::xid8[]) LIMIT 100000)
+    UNION ALL
+    (SELECT topic, transaction_id, created_at FROM outbox
+     WHERE transaction_id >= %(xmax)s::xid8
+       AND transaction_id < pg_snapshot_xmax(pg_current_snapshot())
+     ORDER BY transaction_id LIMIT 100000)
+) AS looked_at
+WHERE topic = %(topic)s
+  AND NOT pg_visible_in_snapshot(transaction_id, %(published_snapshot)s::pg_snapshot)
+"""
+
 RESUME_PREVIEW = """
 SELECT count(*) FILTER (WHERE id >= %(from_id)s), count(*) FILTER (WHERE id < %(from_id)s),
        count(*) FILTER (WHERE id >= %(from_id)s
@@ -335,16 +363,24 @@ FROM outbox WHERE id = ANY (%(ids)s)
 ON CONFLICT (relay_name, id) DO NOTHING
 """
 
-# The first of each key, when it may be tried: an operator released it, or nothing is in its way.
+# What may be tried: of each key the first one, when an operator released it, or what was never
+# refused itself, up to the next that was. Who was refused once goes alone: nothing of its key is
+# to pass it should it be refused again.
 QUARANTINE_READY = """
 SELECT id, key, payload, headers::text, NULL::text[] FROM (
-    SELECT DISTINCT ON (key) id, key, payload, headers, error, released_at
-    FROM outbox_relay_quarantine
-    WHERE relay_name = %(name)s AND topic = %(topic)s
-    ORDER BY key, id
-) AS first_of_key
-WHERE error IS NULL OR released_at IS NOT NULL
-ORDER BY id LIMIT %(max_rows)s
+    SELECT id, key, payload, headers, coalesce(
+        sum(pg_column_size(payload) + pg_column_size(headers)) OVER (
+            ORDER BY id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS bytes_before
+    FROM (
+        SELECT *, bool_or(error IS NOT NULL) OVER (
+            PARTITION BY key ORDER BY id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+        ) AS behind_a_refused_one
+        FROM outbox_relay_quarantine WHERE relay_name = %(name)s AND topic = %(topic)s
+    ) AS waiting
+    WHERE behind_a_refused_one IS NOT TRUE AND (error IS NULL OR released_at IS NOT NULL)
+    ORDER BY id LIMIT %(max_rows)s
+) AS ready
+WHERE bytes_before < %(max_bytes)s ORDER BY id
 """
 
 QUARANTINE_REFUSED = """

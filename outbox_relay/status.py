@@ -9,7 +9,7 @@ from outbox_relay import cursor, leadership, sql
 from outbox_relay.config import Settings
 from outbox_relay.cursor import Cursor, from_row
 from outbox_relay.leadership import RefusedError
-from outbox_relay.reader import EMPTY_SNAPSHOT, Position
+from outbox_relay.reader import EMPTY_SNAPSHOT, Position, unseen_by
 
 RATE_OVER_S = 1.0
 
@@ -66,6 +66,28 @@ def lag(connection: psycopg.Connection, topic: str, position: Position) -> tuple
     ).fetchone()
     assert found is not None, "an aggregate returns one row"  # noqa: S101
     return found[0], found[1], found[2]
+
+
+def lag_at_least(
+    connection: psycopg.Connection, topic: str, position: Position
+) -> tuple[int, float]:
+    """Return how many rows of `topic` are not published, and for how long (s), at a bounded cost.
+
+    Exact up to about sql.LAG_MAX_ROWS rows of all topics; too little beyond.
+    """
+    newest = position.batch_snapshot or position.published_snapshot
+    found = connection.execute(
+        sql.LAG_AT_LEAST,
+        {
+            **unseen_by(newest),
+            "topic": topic,
+            "published_snapshot": position.published_snapshot,
+            "batch_snapshot": position.batch_snapshot,
+            "batch_last_id": position.batch_last_id,
+        },
+    ).fetchone()
+    assert found is not None, "an aggregate returns one row"  # noqa: S101
+    return found[0], found[1]
 
 
 def refuse_while_running(connection: psycopg.Connection, name: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import psycopg
+import pytest
 from confluent_kafka import IsolationLevel, TopicPartition
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without a word
     AdminClient,
@@ -20,6 +21,7 @@ from devstack.processes import Process
 from tests.databases import ReservationDatabase, create_reservation_database
 from tests.outbox_relay.conftest import Outbox
 from tests.outbox_relay.records import read_topic
+from tests.proxy import BreakableKafka
 from tests.waiting import wait_until
 
 # As `outbox-relay topics` makes it.
@@ -29,6 +31,7 @@ CURSOR_TOPIC_CONFIG = {
     "segment.bytes": "1048576",
 }
 HANDOVER_TIMEOUT_S = 20.0
+BACKLOG_ROWS = 50_000
 REQUEST_TIMEOUT_S = 10.0
 # Of a backlog: enough that one is open at nearly every moment for some seconds.
 MANY_TRANSACTIONS = {"OUTBOX_RELAY_CHUNK_MAX_ROWS": "50"}
@@ -127,6 +130,15 @@ def make_outbox(
     cluster.create_topic(outbox.cursor_topic, 1, CURSOR_TOPIC_CONFIG)
     set_topics(database, outbox.topic)
     return outbox
+
+
+# To be imported where the relays of a module's tests shall run under exactly_once.
+@pytest.fixture(name="outbox")
+def exactly_once_outbox(
+    reservation_database: ReservationDatabase, breakable_kafka: BreakableKafka
+) -> ExactlyOnceOutbox:
+    """A fresh outbox in a Kafka that may be broken."""
+    return make_outbox(reservation_database, breakable_kafka.cluster)
 
 
 def set_topics(database: ReservationDatabase, *topics: str) -> None:

@@ -13,8 +13,10 @@ from tests.conftest import MakePostgresServer
 from tests.databases import ReservationDatabase
 from tests.outbox_relay.conftest import StartRelay
 from tests.outbox_relay.scenes import (
+    BACKLOG_ROWS,
     MANY_TRANSACTIONS,
     ExactlyOnceOutbox,
+    exactly_once_outbox,  # noqa: F401 - the fixture `outbox`
     freeze_in_a_transaction,
     has_open_transaction,
     is_end_of_transaction,
@@ -31,16 +33,8 @@ REQUEST_TIMEOUT_S = 20.0
 # Less than the default, so that three times as much is soon over.
 TRANSACTION_TIMEOUT_S = 3.0
 SHORT = {"OUTBOX_RELAY_TRANSACTION_TIMEOUT_MS": "3000", **MANY_TRANSACTIONS}
-BACKLOG_ROWS = 100_000
 ROLLBACKS = 40
 CRASHES = 3
-
-
-@pytest.fixture
-def outbox(
-    reservation_database: ReservationDatabase, breakable_kafka: BreakableKafka
-) -> ExactlyOnceOutbox:
-    return make_outbox(reservation_database, breakable_kafka.cluster)
 
 
 @pytest.fixture

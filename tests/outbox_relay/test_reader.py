@@ -8,12 +8,12 @@ from typing import Any
 import psycopg
 import pytest
 
-from outbox_relay import leadership, reader, sql
+from outbox_relay import leadership, reader, sql, status
 from outbox_relay.reader import EMPTY_SNAPSHOT, Position
 from tests.conftest import MakePostgresServer
 from tests.databases import ReservationDatabase, create_reservation_database
 
-TOPIC = "concert-reservation"
+TOPIC, RARE = "concert-reservation", "concert-catalogue"
 START = Position(published_snapshot=EMPTY_SNAPSHOT, wal_lsn="0/0")
 INSERT = "INSERT INTO outbox (topic, key, payload) VALUES (%s, 'k', %s)"
 
@@ -338,6 +338,58 @@ def test_plans_on_a_million_rows_touch_few_pages_and_scan_nothing_sequentially(
                 assert middle[2] == 1_000
                 assert middle[0] <= 200, middle
                 assert "Seq Scan" not in middle[1]
+
+
+def test_a_rare_topic_far_behind_is_read_without_one_long_statement(
+    reservation_database: ReservationDatabase,
+    connection: psycopg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with writer(reservation_database) as filler:
+        filler.execute("ALTER TABLE outbox DISABLE TRIGGER outbox_refuse_unpublishable")
+        insert_rare = "INSERT INTO outbox (topic, key, payload) VALUES (%s, 'k', %s)"
+        filler.execute(insert_rare, (RARE, "1"))
+        filler.commit()
+        published = connection.execute(sql.SNAPSHOT).fetchone()
+        assert published is not None
+        filler.execute(FILL.replace("%(rows)s", str(ROWS)))
+        filler.execute(insert_rare, (RARE, "2"))
+    monkeypatch.setattr(sql, "WINDOW_IDS", ROWS // 200)
+    connection.execute("SET statement_timeout = '100ms'")
+    for position in (START, Position(published[0], "0/0")):
+        assert reader.skip_other_topics(connection, position, RARE) == position
+        rest, payloads = position, []
+        while (
+            chunk := reader.read(connection, rest, RARE, max_rows=100, max_bytes=1000)
+        ).position != rest:
+            rest = chunk.position
+            payloads += [row[2] for row in chunk.rows]
+        assert payloads == ([b"1", b"2"] if position is START else [b"2"])
+
+
+def test_the_gauge_of_a_backlog_costs_no_more_than_it_may_and_is_exact_where_it_is_small(
+    reservation_database: ReservationDatabase, connection: psycopg.Connection
+) -> None:
+    with writer(reservation_database) as open_one, writer(reservation_database) as filler:
+        insert(open_one, 0)
+        insert(filler, *range(1, 31))
+        filler.execute(INSERT, (RARE, "0"))
+        filler.commit()
+        chunk = reader.read(connection, START, TOPIC, max_rows=10, max_bytes=1_000_000)
+        assert chunk.position.batch_snapshot is not None
+        open_one.commit()
+        insert(filler, 31, 32)
+        filler.commit()
+        for position, rows in ((START, 33), (chunk.position, 23)):
+            assert status.lag(connection, TOPIC, position)[0] == rows
+            assert status.lag_at_least(connection, TOPIC, position)[0] == rows
+        filler.execute("ALTER TABLE outbox DISABLE TRIGGER outbox_refuse_unpublishable")
+        filler.execute(FILL.replace("%(rows)s", str(3 * sql.LAG_MAX_ROWS)))
+        filler.commit()
+    assert status.lag_at_least(connection, TOPIC, START)[0] == sql.LAG_MAX_ROWS - 1
+    rows, age_s = status.lag_at_least(connection, TOPIC, chunk.position)
+    assert sql.LAG_MAX_ROWS <= rows <= sql.LAG_MAX_ROWS + 21
+    assert age_s > 0
 
 
 def test_every_statement_is_one_that_postgres_prepares(connection: psycopg.Connection) -> None:

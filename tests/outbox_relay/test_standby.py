@@ -9,16 +9,16 @@ import pytest
 
 from devstack.postgres import PostgresServer
 from devstack.processes import Process
-from tests.databases import ReservationDatabase
 from tests.outbox_relay.conftest import StartRelay
 from tests.outbox_relay.records import read_topic
 from tests.outbox_relay.scenes import (
+    BACKLOG_ROWS,
     HANDOVER_TIMEOUT_S,
     MANY_TRANSACTIONS,
     ExactlyOnceOutbox,
+    exactly_once_outbox,  # noqa: F401 - the fixture `outbox`
     freeze_in_a_transaction,
     is_end_of_transaction,
-    make_outbox,
     says,
     wait_for_leader,
     with_port,
@@ -30,14 +30,6 @@ pytestmark = pytest.mark.needs_kafka
 
 FROZEN_HANDOVER_TIMEOUT_S = 10.0
 FENCED_HANDOVER_TIMEOUT_S = 12.0
-BACKLOG_ROWS = 100_000
-
-
-@pytest.fixture
-def outbox(
-    reservation_database: ReservationDatabase, breakable_kafka: BreakableKafka
-) -> ExactlyOnceOutbox:
-    return make_outbox(reservation_database, breakable_kafka.cluster)
 
 
 @pytest.fixture
