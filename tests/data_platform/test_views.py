@@ -275,6 +275,10 @@ SELECT 1 FROM pg_stat_activity WHERE datname = current_database()
     AND query LIKE '%CREATE INDEX CONCURRENTLY%' AND wait_event_type = 'Lock'
     AND pid <> pg_backend_pid()
 """
+ASKING_FOR_THEIR_TURN = """
+SELECT pid FROM pg_stat_activity WHERE datname = current_database()
+    AND query LIKE '%advisory_lock%' AND pid <> pg_backend_pid()
+"""
 INDEXES = """
 SELECT count(*) FROM pg_index WHERE indisvalid
     AND indrelid::regclass::text LIKE 'analytics.fct_%' AND NOT indisprimary
@@ -309,6 +313,11 @@ def test_two_migrations_at_once_wait_for_each_other_while_indexes_are_built(
     old_database: AnalyticsDatabase,
 ) -> None:
     url = old_database.owner_url
-    both = [upgrading(old_database) for _ in range(2)]
-    assert [upgrade.wait(30) for upgrade in both] == [0, 0]
+    with snapshot(old_database.analyst_url):
+        first = upgrading(old_database)
+        wait_until(lambda: bool(ask(url, WAITING_BUILD)), 30, "a build that waits")
+        second = upgrading(old_database)
+        wait_until(lambda: len(ask(url, ASKING_FOR_THEIR_TURN)) == 2, 30, "two that asked")
+    # The build may now go on, unless the second one is in its way.
+    assert [upgrade.wait(30) for upgrade in (first, second)] == [0, 0]
     assert ask(url, "SELECT version_num FROM alembic_version") == [(migrations.head("analytics"),)]
