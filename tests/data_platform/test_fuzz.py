@@ -1,0 +1,150 @@
+"""Whatever comes: every good record is loaded, every bad one kept byte for byte, nobody dies.
+
+`FUZZ_EVENTS` and `FUZZ_SEED` choose how many and which; the same seed makes the same records.
+"""
+
+import base64
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from confluent_kafka import KafkaError, Message, Producer
+
+from tests.data_platform.conftest import PRODUCE_TIMEOUT_S, Platform
+from tests.data_platform.histories import history
+from tests.data_platform.mutations import Headers, Record, records
+from tests.data_platform.oracle import Judge, moment, unclear
+from tests.data_platform.test_outages import said
+
+EVENTS = int(os.environ.get("FUZZ_EVENTS") or 20_000)
+SEED = int(os.environ.get("FUZZ_SEED") or 1)
+LOAD_TIMEOUT_S = 120.0
+LETTERS = """
+SELECT kafka_partition, kafka_offset, raw_key, raw_value, raw_headers, reason
+FROM analytics.dead_letters ORDER BY kafka_partition, kafka_offset
+"""
+FACTS = """
+SELECT reservation_id, version, event_type, occurred_at, status, customer_id, concert_id,
+    performance_id, seat_count, amount, currency, created_at, expires_at, kafka_partition,
+    kafka_offset
+FROM analytics.fct_reservation_events ORDER BY kafka_partition, kafka_offset
+"""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A record and where Kafka put it."""
+
+    place: tuple[int, int]
+    record: Record
+
+
+def send(platform: Platform, topic: str, mutants: Sequence[Record]) -> list[Sent]:
+    """Put records into the topic; return them in Kafka's order."""
+    sent: list[Sent] = []
+    producer = Producer(
+        {
+            "bootstrap.servers": platform.bootstrap_servers,
+            "partitioner": "murmur2_random",
+            "enable.idempotence": True,
+            "queue.buffering.max.kbytes": 2**20,
+        }
+    )
+
+    def keep(record: Record) -> Any:
+        def delivered(error: KafkaError | None, message: Message) -> None:
+            assert error is None, error
+            sent.append(Sent((int(message.partition() or 0), int(message.offset() or 0)), record))
+
+        return delivered
+
+    for one in mutants:
+        producer.produce(
+            topic, one.value, one.key, headers=list(one.headers), on_delivery=keep(one)
+        )
+        producer.poll(0)
+    assert producer.flush(PRODUCE_TIMEOUT_S) == 0
+    return sorted(sent, key=lambda one: one.place)
+
+
+def stored(headers: Headers) -> list[list[str | None]]:
+    """Headers as dead_letters has them."""
+    return [
+        [name, None if value is None else base64.b64encode(value).decode()]
+        for name, value in headers
+    ]
+
+
+def fact(envelope: dict[str, Any], place: tuple[int, int]) -> tuple[Any, ...]:
+    """The row that a good record makes."""
+    data = envelope["data"]
+    return (
+        data["reservation_id"],
+        data["version"],
+        envelope["type"],
+        moment(envelope["time"]),
+        data["status"],
+        data["customer_id"],
+        data["concert"]["concert_id"],
+        data["performance"]["performance_id"],
+        len(data["seats"]),
+        data["amount"],
+        data["currency"],
+        moment(data["created_at"]),
+        None if data["expires_at"] is None else moment(data["expires_at"]),
+        *place,
+    )
+
+
+def state(row: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The current state that a fact makes, in the order of `Platform.states`."""
+    return (*row[:2], *row[4:12], row[3], row[12])
+
+
+def test_whatever_comes_the_good_is_loaded_and_the_bad_is_kept_byte_for_byte(
+    platform: Platform,
+) -> None:
+    judge = Judge("reservation-event.schema.json", "reservation_id")
+    envelopes = [dict(one.envelope) for one in history(EVENTS, SEED)][:EVENTS]
+    worker = platform.worker()
+    sent = send(platform, platform.topic, list(records(envelopes, SEED)))
+    judged = [(one, judge.good(one.record.key, one.record.value)) for one in sent]
+    platform.wait_for_offsets(len(sent), LOAD_TIMEOUT_S)
+
+    kept = platform.rows(LETTERS)
+    put_aside = {row[:2] for row in kept}
+    judged = [
+        (
+            one,
+            None if one.place in put_aside and envelope and unclear(one.record.value) else envelope,
+        )
+        for one, envelope in judged
+    ]
+    bad = [one for one, envelope in judged if envelope is None]
+    wrongly_loaded = {one.place for one in bad} - put_aside
+    wrongly_kept = put_aside - {one.place for one in bad}
+    assert not [one for one in sent if one.place in wrongly_loaded]
+    assert not [row for row in kept if row[:2] in wrongly_kept]
+    for one, row in zip(bad, kept, strict=True):
+        assert row[2:5] == (one.record.key, one.record.value, stored(one.record.headers))
+
+    facts: dict[tuple[str, int], tuple[Any, ...]] = {}
+    for one, envelope in judged:
+        if envelope is not None:  # of two records with one event the first one counts
+            row = fact(envelope, one.place)
+            facts.setdefault(row[:2], row)
+    assert platform.rows(FACTS) == sorted(facts.values(), key=lambda row: row[13:])
+    latest = {row[0]: row for row in sorted(facts.values(), key=lambda row: row[1])}
+    assert platform.states() == [state(latest[name]) for name in sorted(latest)]
+
+    reasons = Counter(row[5] for row in kept)
+    # Both halves are worth something, and Postgres never had to refuse what the decoder let pass.
+    assert min(len(bad), len(facts)) > EVENTS / 4
+    assert set(reasons) == {
+        "schema", "not-json", "not-utf8", "nul", "null-value", "too-deep", "unknown-type",
+        "unknown-schema", "subject", "id", "key",
+    }  # fmt: skip
+    assert worker.alive
+    assert said(worker, "waiting") == said(worker, "batch_refused") == 0
