@@ -60,6 +60,8 @@ CONNECTOR = {
     "skipped.operations": "u,d,t",
     "extended.headers.enabled": "false",
     "tombstones.on.delete": "false",
+    # Our own relay's, by which it flushes the WAL: events of a topic that nobody has made.
+    "message.prefix.exclude.list": ".*",
     "key.converter": "org.apache.kafka.connect.storage.StringConverter",
     "value.converter": "org.apache.kafka.connect.storage.StringConverter",
     "header.converter": "org.apache.kafka.connect.storage.StringConverter",
