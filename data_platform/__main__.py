@@ -25,7 +25,7 @@ from confluent_kafka import KafkaException
 from data_platform import config, logs
 from data_platform import dead_letters as letters
 from data_platform.consumer import Source
-from data_platform.events import Decoder, decode_reservation_event
+from data_platform.events import Decoder, decode_concert_event, decode_reservation_event
 from data_platform.health import Health
 from data_platform.loader import Loader
 from data_platform.status import Status, read_status
@@ -102,7 +102,10 @@ def run() -> None:
 
 
 def _decoders(settings: config.TopicSettings) -> dict[str, Decoder]:
-    return {settings.data_platform_reservation_topic: decode_reservation_event}
+    return {
+        settings.data_platform_reservation_topic: decode_reservation_event,
+        settings.data_platform_catalogue_topic: decode_concert_event,
+    }
 
 
 def _source(settings: config.Settings) -> Source:
@@ -111,7 +114,7 @@ def _source(settings: config.Settings) -> Source:
         return Source(
             {**settings.consumer_properties(), "logger": logger},
             Topics({**settings.client_properties(), "logger": logger}),
-            [settings.data_platform_reservation_topic],
+            list(_decoders(settings)),
             batch_rows=settings.data_platform_batch_rows,
             batch_bytes=settings.data_platform_batch_bytes,
         )
@@ -143,7 +146,7 @@ def status(*, as_json: bool) -> None:
             settings.analytics_database_url.get_secret_value(),
             Topics({**settings.client_properties(), "logger": logger}),
             {**settings.consumer_properties(), "logger": logger},
-            [settings.data_platform_reservation_topic],
+            list(_decoders(settings)),
         )
     click.echo(json.dumps(found.as_json()) if as_json else _in_words(found))
     sys.exit(1 if found.problems else 0)

@@ -8,7 +8,7 @@ from typing import NamedTuple, cast
 
 from confluent_kafka import Message
 
-from data_platform.events import BadRecordError, Decoder, ReservationEvent
+from data_platform.events import BadRecordError, Decoder, Event
 
 ERROR_TEXT_LENGTH_CHARACTERS = 1000
 
@@ -35,7 +35,7 @@ class Row(NamedTuple):
     """A good record and what it says."""
 
     message: Message
-    event: ReservationEvent
+    event: Event
 
 
 class BadRecord(NamedTuple):
@@ -51,22 +51,21 @@ class BadRecord(NamedTuple):
     headers: list[list[str | None]]
 
 
+Place = tuple[str, int]
+
+
 @dataclass(frozen=True)
 class Decoded:
-    """A batch as it will be loaded: each record of `slices` is in `rows` or in `bad`."""
+    """A batch as it will be loaded: each record of `slices` is in `rows` or in `bad`.
+
+    Attributes:
+        last_event_at: when the newest good event of each (topic, partition) happened.
+    """
 
     slices: Sequence[Slice]
     rows: Sequence[Row]
     bad: Sequence[BadRecord]
-
-    def last_event_at(self) -> dict[tuple[str | None, int | None], datetime]:
-        """When the newest event of each (topic, partition) happened."""
-        latest: dict[tuple[str | None, int | None], datetime] = {}
-        for message, event in self.rows:
-            place = message.topic(), message.partition()
-            if place not in latest or latest[place] < event.occurred_at:
-                latest[place] = event.occurred_at
-        return latest
+    last_event_at: Mapping[Place, datetime]
 
     def pieces(self, records: int) -> Iterator["Decoded"]:
         """Split into batches of at most so many records of one partition, in order."""
@@ -79,10 +78,12 @@ class Decoded:
                     end = int(messages[-1].offset() or 0) + 1
                 piece = replace(part, first_offset=first_offset, next_offset=end, messages=messages)
                 known = {id(message) for message in messages}
+                rows = [row for row in self.rows if id(row.message) in known]
                 yield Decoded(
                     [piece],
-                    [row for row in self.rows if id(row.message) in known],
+                    rows,
                     [record for record in self.bad if id(record.message) in known],
+                    _newest(piece, rows),
                 )
                 first_offset = end
 
@@ -91,14 +92,21 @@ def decode(slices: Sequence[Slice], decoders: Mapping[str, Decoder]) -> Decoded:
     """Decode each record with its topic's decoder."""
     rows: list[Row] = []
     bad: list[BadRecord] = []
+    last_event_at: dict[Place, datetime] = {}
     for part in slices:
-        decoder = decoders[part.topic]
+        decoder, first = decoders[part.topic], len(rows)
         for message in part.messages:
             try:
                 rows.append(Row(message, decoder(message.key(), message.value())))
             except BadRecordError as error:
                 bad.append(bad_record(message, error.reason, error))
-    return Decoded(slices, rows, bad)
+        last_event_at |= _newest(part, rows[first:])
+    return Decoded(slices, rows, bad, last_event_at)
+
+
+def _newest(part: Slice, rows: Sequence[Row]) -> dict[Place, datetime]:
+    place = part.topic, part.partition
+    return {place: max(event.occurred_at for _, event in rows)} if rows else {}
 
 
 def bad_record(message: Message, reason: str, error: BaseException) -> BadRecord:

@@ -104,6 +104,9 @@ class TopicSettings(DatabaseSettings):
     data_platform_reservation_topic: Annotated[
         str, Field(pattern=r"^[A-Za-z0-9._-]{1,249}$", description="a topic's name")
     ] = "concert-reservation"
+    data_platform_catalogue_topic: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9._-]{1,249}$", description="a topic's name")
+    ] = "concert-catalogue"
 
 
 class Settings(TopicSettings):

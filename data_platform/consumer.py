@@ -47,15 +47,23 @@ class Partition(NamedTuple):
 
 @dataclass
 class Place:
-    """Where we stand in a partition: `loaded` in Postgres, `reached` by reading.
+    """Where we stand in a partition.
 
-    `at_end` says that there was nothing behind `reached` when Kafka was asked last.
+    Attributes:
+        taken: up to here `fetch` has handed everything out; the next slice begins here.
+        reached: up to here we have read.
+        end: where the partition ended when we came upon its end last.
     """
 
     topic_id: str
-    loaded: int
+    taken: int
     reached: int
-    at_end: bool = False
+    end: int = -1
+
+    @property
+    def at_end(self) -> bool:
+        """Whether there was nothing behind `reached` when Kafka was asked last."""
+        return self.end >= self.reached
 
 
 # (topic, topic id, partition numbers) → where Postgres stands in each of them.
@@ -120,6 +128,11 @@ class Source:
             if waiting:
                 self._place(name, waiting, claim)
 
+    @property
+    def unsettled(self) -> bool:
+        """Whether `settle` has anything to do."""
+        return not self._subscribed or any(map(self._due, self._granted))
+
     def _due(self, partition: Partition) -> bool:
         return partition not in self._placed and partition not in self.stopped
 
@@ -178,13 +191,14 @@ class Source:
         messages = self._consumer.consume(1, wait_s)
         rows = size_bytes = 0
         while messages:
-            for message in messages:
-                size_bytes += self._take(message)
+            size_bytes += self._take(messages)
             rows += len(messages)
             if rows >= self._batch_rows or size_bytes >= self._batch_bytes:
                 break
-            messages = self._consumer.consume(min(CHUNK_RECORDS, self._batch_rows), 0)
-        slices = list(self._slices.values()) or self._moved_by_markers()
+            messages = self._consumer.consume(min(CHUNK_RECORDS, self._batch_rows - rows), 0)
+        slices = self._read_slices() or self._moved_by_markers()
+        for part in slices:
+            self._placed[Partition(part.topic, part.partition)].taken = part.next_offset
         # Asked after the records came, so that the answer vouches for them; `confirm` takes it.
         self._described = {
             name: self._topics.describe(name) for name in {part.topic for part in slices}
@@ -205,37 +219,42 @@ class Source:
             if ids[part.topic] != part.topic_id:
                 raise PlaceLostError(f"{part.topic} is now {ids[part.topic]}, not {part.topic_id}")
 
-    def _take(self, message: Message) -> int:
-        """Put a record into its slice; return its size in bytes."""
-        partition = Partition(str(message.topic()), int(message.partition() or 0))
-        place = self._placed.get(partition)
-        error = message.error()
-        if error is not None:
-            self._take_error(partition, place, error, int(message.offset() or 0))
-            return 0
-        if place is None:  # fetched just before the partition was taken away
-            return 0
-        self._note_answer()
-        part = self._slices.get(partition)
-        if part is None:
-            part = Slice(*partition, place.topic_id, place.loaded, place.loaded)
-            self._slices[partition] = part
-        part.messages.append(message)
-        part.next_offset = place.reached = int(message.offset() or 0) + 1
-        place.at_end = False
-        return len(message.value() or b"") + len(message.key() or b"")
+    def _take(self, messages: Sequence[Message]) -> int:
+        """Put records into their slices; return their size in bytes."""
+        slices, size_bytes = self._slices, 0
+        for message in messages:
+            partition = Partition(str(message.topic()), int(message.partition() or 0))
+            error = message.error()
+            if error is not None:
+                self._take_error(partition, error, int(message.offset() or 0))
+                continue
+            part = slices.get(partition)
+            if part is None:
+                place = self._placed.get(partition)
+                if place is None:  # fetched just before the partition was taken away
+                    continue
+                self._note_answer()
+                part = Slice(*partition, place.topic_id, place.taken, place.taken)
+                slices[partition] = part
+            part.messages.append(message)
+            size_bytes += len(message)
+        return size_bytes
 
-    def _take_error(
-        self, partition: Partition, place: Place | None, error: KafkaError, offset: int
-    ) -> None:
+    def _read_slices(self) -> list[Slice]:
+        """Return what was read, each slice up to where we have reached."""
+        for partition, part in self._slices.items():
+            place = self._placed[partition]
+            place.reached = max(place.reached, int(part.messages[-1].offset() or 0) + 1)
+            part.next_offset = place.reached
+        return list(self._slices.values())
+
+    def _take_error(self, partition: Partition, error: KafkaError, offset: int) -> None:
         if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001 - a public name
             self._note_answer()
-            if place is None:
-                return
-            place.reached = max(place.reached, offset)
-            place.at_end = True
-            if partition in self._slices:
-                self._slices[partition].next_offset = place.reached
+            place = self._placed.get(partition)
+            if place is not None:
+                place.reached = max(place.reached, offset)
+                place.end = offset
         elif error.code() in LOST_PLACE:
             raise PlaceLostError(f"{partition}: {error.str()}")
         else:
@@ -248,9 +267,9 @@ class Source:
             return []
         self._markers_at = now + MARKER_INTERVAL_S
         return [
-            Slice(*partition, place.topic_id, place.loaded, place.reached)
+            Slice(*partition, place.topic_id, place.taken, place.reached)
             for partition, place in self._placed.items()
-            if place.reached > place.loaded
+            if place.reached > place.taken
         ]
 
     @property
@@ -271,11 +290,7 @@ class Source:
     # ---- afterwards
 
     def commit(self, slices: Sequence[Slice]) -> None:
-        """Note what Postgres has; tell Kafka, for tools that watch the lag."""
-        for part in slices:
-            place = self._placed.get(Partition(part.topic, part.partition))
-            if place is not None:
-                place.loaded = part.next_offset
+        """Tell Kafka what Postgres has, for tools that watch the lag."""
         offsets = [TopicPartition(part.topic, part.partition, part.next_offset) for part in slices]
         try:
             self._consumer.commit(offsets=offsets, asynchronous=True)

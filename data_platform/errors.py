@@ -29,6 +29,10 @@ class PlaceLostError(Exception):
     """Postgres or Kafka no longer stands where the batch begins: drop it and look again."""
 
 
+class RivalError(Exception):
+    """Another worker loads the same events at this moment: nothing is wrong with them."""
+
+
 class KafkaTroubleError(Exception):
     """Kafka doesn't have, or doesn't tell, what is needed to go on; it may later."""
 
@@ -69,6 +73,7 @@ def _fatal_in_kafka(error: BaseException) -> bool:
 
 TABLE = (
     Rule(_is(MostlyRefusedError), Cure.WAIT, "a fault of ours must not empty a topic"),
+    Rule(_is(RivalError), Cure.WAIT, "when the other one has committed, we see what it did"),
     Rule(_sqlstate("23503"), Cure.WAIT, "the referenced row may still come"),
     Rule(_unnamed_check, Cure.WAIT, "no constraint's name: a partition is missing"),
     Rule(_sqlstate("22", "23", "54"), Cure.DEAD_LETTER, "the value doesn't fit the table"),

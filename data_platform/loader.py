@@ -21,7 +21,7 @@ from psycopg import errors as pg
 from psycopg.rows import TupleRow
 from psycopg.types.json import Jsonb
 
-from data_platform import sql
+from data_platform import sql, star
 from data_platform.batch import BadRecord, Decoded, Row, Slice, bad_record
 from data_platform.errors import Cure, MostlyRefusedError, PlaceLostError, cure_of
 from data_platform.topics import StoredOffset
@@ -31,6 +31,8 @@ CONNECT_TIMEOUT_S = 5
 # The server's own limits (sql.SESSION) come first; this one is for a server that says nothing.
 TRANSACTION_LIMIT_S = 20.0
 WATCH_INTERVAL_S = 0.25
+# Events that came again come in swarms: so many batches after the last of them still ask first.
+ASKING_BATCHES = 20
 # A refused batch is searched in pieces of this size, each in a transaction of its own.
 PIECE_RECORDS = 100
 SIFTING_LIMIT_S = 10.0
@@ -70,6 +72,7 @@ class Loader:
         self._closed = threading.Event()
         # Records and refusals of late, by which `_judge` tells a bad record from a fault of ours.
         self._recent = (0, 0)
+        self._asking = 0
         threading.Thread(target=self._watch, name="transaction-limit", daemon=True).start()
 
     def claim(
@@ -88,10 +91,14 @@ class Loader:
             rows = connection.execute(sql.READ_OFFSETS, {"topic": topic})
             return {row[0]: StoredOffset(row[1], row[2]) for row in rows}
 
-    def load(self, batch: Decoded) -> Loaded:
+    def load(self, batch: Decoded, rows: star.Rows | None = None) -> Loaded:
         """Load a batch and move its partitions' offsets, in one transaction.
 
         A batch with records that Postgres refuses is loaded in several, piece by piece.
+
+        Args:
+            batch: what to load.
+            rows: `star.rows_of` the batch, where somebody has made them already.
 
         Raises:
             PlaceLostError: Postgres doesn't stand where the batch, or one of its pieces, begins.
@@ -101,7 +108,7 @@ class Loader:
         After each of these only Postgres knows where it stands.
         """
         try:
-            return self._load_whole(batch)
+            return self._load_whole(batch, rows or star.rows_of(batch.rows))
         except pg.LockNotAvailable:
             self._end_blockers(batch.slices)
             raise
@@ -111,16 +118,18 @@ class Loader:
             log.warning("batch_refused", error=str(error), records=len(batch.rows))
         return self._load_in_pieces(batch)
 
-    def _load_whole(self, batch: Decoded) -> Loaded:
+    def _load_whole(self, batch: Decoded, rows: star.Rows) -> Loaded:
+        written = star.Written(0, repeated=False)
         with self._transaction() as connection:
-            # Before any shared lock: a worker that freezes here holds up nobody.
-            _stage(connection, batch.rows)
+            # First of all: whoever finds us frozen in what follows knows us by this lock.
             _lock(connection, batch.slices)
-            new_events = _merge(connection) if batch.rows else 0
-            _put_aside(connection, batch.bad)
+            if batch.rows:
+                written = star.write(connection, rows, ask=self._asking > 0)
+            put_aside(connection, batch.bad)
             _move(connection, batch)
+        self._asking = ASKING_BATCHES if written.repeated else max(0, self._asking - 1)
         self._count(len(batch.rows), 0)
-        return Loaded(batch.slices, len(batch.rows), new_events, len(batch.bad))
+        return Loaded(batch.slices, len(batch.rows), written.new_events, len(batch.bad))
 
     def _load_in_pieces(self, batch: Decoded) -> Loaded:
         """Load a refused batch bit by bit, so that what is done stays done.
@@ -156,8 +165,7 @@ class Loader:
             for row in sample:
                 try:
                     with connection.transaction(force_rollback=True):
-                        _stage(connection, [row])
-                        _merge(connection)
+                        star.write(connection, star.rows_of([row]), ask=True)
                 except Exception as error:
                     if cure_of(error) is not Cure.DEAD_LETTER:
                         raise
@@ -175,7 +183,7 @@ class Loader:
             new_events = sift(connection, batch.rows, refused)
             if not judged:
                 self._judge(len(batch.rows), refused)
-            _put_aside(connection, [*batch.bad, *refused])
+            put_aside(connection, [*batch.bad, *refused])
             _move(connection, batch)
         self._count(len(batch.rows), len(refused))
         loaded = len(batch.rows) - len(refused)
@@ -296,20 +304,6 @@ def prepare(connection: Connection) -> None:
     connection.execute(sql.CREATE_STAGE)
 
 
-def _stage(connection: Connection, rows: Sequence[Row]) -> None:
-    if not rows:
-        return
-    with connection.cursor() as cursor, cursor.copy(sql.STAGE) as copy:
-        for message, event in rows:
-            copy.write_row((*event.columns, message.partition(), message.offset()))
-
-
-def _merge(connection: Connection) -> int:
-    new_events = connection.execute(sql.INSERT_EVENTS).rowcount
-    connection.execute(sql.UPSERT_RESERVATIONS)
-    return new_events
-
-
 def _lock(connection: Connection, slices: Sequence[Slice]) -> None:
     """Lock the offset rows and compare them, so that `_move` may move them as they are."""
     stored = {
@@ -334,10 +328,9 @@ def sift(connection: Connection, rows: Sequence[Row], refused: list[BadRecord]) 
     """
     try:
         with connection.transaction():
-            _stage(connection, rows)
-            new_events = _merge(connection)
+            written = star.write(connection, star.rows_of(rows), ask=True)
             connection.execute(sql.UNSTAGE)
-            return new_events
+            return written.new_events
     except Exception as error:
         if cure_of(error) is not Cure.DEAD_LETTER:
             raise
@@ -348,7 +341,8 @@ def sift(connection: Connection, rows: Sequence[Row], refused: list[BadRecord]) 
     return sift(connection, rows[:middle], refused) + sift(connection, rows[middle:], refused)
 
 
-def _put_aside(connection: Connection, bad: Sequence[BadRecord]) -> None:
+def put_aside(connection: Connection, bad: Sequence[BadRecord]) -> None:
+    """Keep records as dead letters; those that are kept already stay as they are."""
     if bad:
         connection.cursor().executemany(
             sql.INSERT_DEAD_LETTER,
@@ -369,14 +363,13 @@ def _put_aside(connection: Connection, bad: Sequence[BadRecord]) -> None:
 
 
 def _move(connection: Connection, batch: Decoded) -> None:
-    last_event_at = batch.last_event_at()
     connection.execute(
         sql.MOVE_OFFSETS,
         {
             **_names(batch.slices),
             "next_offsets": [part.next_offset for part in batch.slices],
             "last_events_at": [
-                last_event_at.get((part.topic, part.partition)) for part in batch.slices
+                batch.last_event_at.get((part.topic, part.partition)) for part in batch.slices
             ],
         },
     )

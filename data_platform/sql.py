@@ -1,16 +1,14 @@
 """Every statement of the data platform: static text with parameters.
 
-Order in a load: COPY into the temporary table (no shared lock yet), the offset rows in order,
-facts, current state, dead letters, offsets.
+Order in a load: the offset rows in order, facts, current state, seats, dimensions, dead letters,
+offsets.
 """
 
-# One per connection; emptied by each commit and rollback.
+# For reservations that are there already; one per connection, emptied by each commit and rollback.
 CREATE_STAGE = """
-CREATE TEMPORARY TABLE incoming_reservation_events (
+CREATE TEMPORARY TABLE incoming_reservations (
     reservation_id text COLLATE "C" NOT NULL,
     version integer NOT NULL,
-    event_type text NOT NULL,
-    occurred_at timestamptz NOT NULL,
     status text NOT NULL,
     customer_id text NOT NULL,
     concert_id bigint NOT NULL,
@@ -19,75 +17,158 @@ CREATE TEMPORARY TABLE incoming_reservation_events (
     amount bigint NOT NULL,
     currency text NOT NULL,
     created_at timestamptz NOT NULL,
+    updated_at timestamptz NOT NULL,
     expires_at timestamptz,
-    kafka_partition integer NOT NULL,
-    kafka_offset bigint NOT NULL
+    seats_version integer NOT NULL,
+    seats_digest bigint NOT NULL
 ) ON COMMIT DELETE ROWS
 """
 
-STAGE = """
-COPY pg_temp.incoming_reservation_events (
-    reservation_id, version, event_type, occurred_at, status, customer_id, concert_id,
-    performance_id, seat_count, amount, currency, created_at, expires_at, kafka_partition,
-    kafka_offset
+# The first twelve columns of these three are one text (events.ReservationEvent.state).
+COPY_EVENTS = """
+COPY analytics.fct_reservation_events (
+    reservation_id, version, status, customer_id, concert_id, performance_id, seat_count, amount,
+    currency, created_at, occurred_at, expires_at, event_type, kafka_partition, kafka_offset
 ) FROM STDIN
 """
 
-# A bisected piece stages its halves one after the other in one transaction.
-UNSTAGE = "DELETE FROM pg_temp.incoming_reservation_events"
-
-# Sorted, so that two loaders that meet (a key in two partitions) wait for each other and never in
-# a circle. Of two records with one event the first in Kafka's order is told as its origin.
-INSERT_EVENTS = """
-INSERT INTO analytics.fct_reservation_events (
-    reservation_id, version, event_type, occurred_at, status, customer_id, concert_id,
-    performance_id, seat_count, amount, currency, created_at, expires_at, kafka_partition,
-    kafka_offset
-)
-SELECT DISTINCT ON (reservation_id, version)
-    reservation_id, version, event_type, occurred_at, status, customer_id, concert_id,
-    performance_id, seat_count, amount, currency, created_at, expires_at, kafka_partition,
-    kafka_offset
-FROM pg_temp.incoming_reservation_events
-ORDER BY reservation_id, version, kafka_partition, kafka_offset
-ON CONFLICT (reservation_id, version) DO NOTHING
+COPY_RESERVATIONS = """
+COPY analytics.fct_reservations (
+    reservation_id, version, status, customer_id, concert_id, performance_id, seat_count, amount,
+    currency, created_at, updated_at, expires_at, seats_version, seats_digest
+) FROM STDIN
 """
 
-# The anti-join first: an upsert locks the row even where its WHERE is false, so a stale event
-# would make its loader wait for whoever works on that reservation. The WHERE stays for the one
-# who loaded a newer version since. DISTINCT ON also keeps the plan on the index: Postgres expects
-# few groups of a table without statistics, and would else read all of a large table per batch.
-UPSERT_RESERVATIONS = """
-WITH latest AS (
-    SELECT DISTINCT ON (reservation_id) *
-    FROM pg_temp.incoming_reservation_events
-    ORDER BY reservation_id, version DESC, kafka_partition, kafka_offset
-)
-INSERT INTO analytics.fct_reservations AS stored (
+STAGE = """
+COPY pg_temp.incoming_reservations (
     reservation_id, version, status, customer_id, concert_id, performance_id, seat_count, amount,
-    currency, created_at, updated_at, expires_at
+    currency, created_at, updated_at, expires_at, seats_version, seats_digest
+) FROM STDIN
+"""
+
+COPY_SEATS = """
+COPY analytics.fct_reservation_seats (
+    reservation_id, seat_id, performance_id, section, "row", number, price, currency, version
+) FROM STDIN
+"""
+
+# In one transaction several pieces may be staged one after the other.
+UNSTAGE = "DELETE FROM pg_temp.incoming_reservations"
+
+# The version decides, also against a worker that loads the same reservation meanwhile: Postgres
+# looks again at a row it had to wait for. So does the digest of the seats, which tells whether
+# they have to be written.
+UPDATE_RESERVATIONS = """
+WITH moved AS (
+    UPDATE analytics.fct_reservations AS stored SET
+        version = incoming.version,
+        status = incoming.status,
+        customer_id = incoming.customer_id,
+        concert_id = incoming.concert_id,
+        performance_id = incoming.performance_id,
+        seat_count = incoming.seat_count,
+        amount = incoming.amount,
+        currency = incoming.currency,
+        created_at = incoming.created_at,
+        updated_at = incoming.updated_at,
+        expires_at = incoming.expires_at,
+        loaded_at = now(),
+        seats_version = CASE
+            WHEN stored.seats_digest = incoming.seats_digest THEN stored.seats_version
+            ELSE incoming.seats_version
+        END,
+        seats_digest = incoming.seats_digest
+    FROM pg_temp.incoming_reservations AS incoming
+    WHERE stored.reservation_id = incoming.reservation_id AND stored.version < incoming.version
+    RETURNING stored.reservation_id, stored.seats_version = incoming.seats_version AS has_new_seats
 )
-SELECT
-    reservation_id, version, status, customer_id, concert_id, performance_id, seat_count, amount,
-    currency, created_at, occurred_at, expires_at
-FROM latest
+SELECT count(*), coalesce(array_agg(reservation_id) FILTER (WHERE has_new_seats), '{}') FROM moved
+"""
+
+DELETE_SEATS = """
+DELETE FROM analytics.fct_reservation_seats WHERE reservation_id = ANY (%(reservation_ids)s)
+"""
+
+KNOWN_EVENTS = """
+SELECT reservation_id || ':' || version FROM analytics.fct_reservation_events
+WHERE (reservation_id, version) IN (
+    SELECT * FROM unnest(%(reservation_ids)s::text[], %(versions)s::integer[])
+)
+"""
+
+KNOWN_RESERVATIONS = """
+SELECT reservation_id, version FROM analytics.fct_reservations
+WHERE reservation_id = ANY (%(reservation_ids)s)
+"""
+
+# What reservations tell of a concert and a performance until the catalogue does: version 0.
+INFER_CONCERTS = """
+INSERT INTO analytics.dim_concerts (concert_id, version, title, venue, time_zone)
+SELECT concert_id, 0, title, venue, time_zone
+FROM unnest(
+    %(concert_ids)s::bigint[], %(titles)s::text[], %(venues)s::text[], %(time_zones)s::text[]
+) AS told (concert_id, title, venue, time_zone)
 WHERE NOT EXISTS (
-    SELECT FROM analytics.fct_reservations AS known
-    WHERE known.reservation_id = latest.reservation_id AND known.version >= latest.version
+    SELECT FROM analytics.dim_concerts AS known WHERE known.concert_id = told.concert_id
 )
-ORDER BY reservation_id
-ON CONFLICT (reservation_id) DO UPDATE SET
+ORDER BY concert_id
+ON CONFLICT (concert_id) DO NOTHING
+"""
+
+INFER_PERFORMANCES = """
+INSERT INTO analytics.dim_performances (
+    performance_id, concert_id, version, starts_at, time_zone
+)
+SELECT performance_id, concert_id, 0, starts_at, time_zone
+FROM unnest(
+    %(performance_ids)s::bigint[], %(concert_ids)s::bigint[], %(starts_at)s::timestamptz[],
+    %(time_zones)s::text[]
+) AS told (performance_id, concert_id, starts_at, time_zone)
+WHERE NOT EXISTS (
+    SELECT FROM analytics.dim_performances AS known
+    WHERE known.performance_id = told.performance_id
+)
+ORDER BY performance_id
+ON CONFLICT (performance_id) DO NOTHING
+"""
+
+UPSERT_CONCERT = """
+INSERT INTO analytics.dim_concerts AS stored (
+    concert_id, version, title, venue, time_zone, currency, occurred_at
+)
+VALUES (
+    %(concert_id)s, %(version)s, %(title)s, %(venue)s, %(time_zone)s, %(currency)s, %(occurred_at)s
+)
+ON CONFLICT (concert_id) DO UPDATE SET
     version = excluded.version,
-    status = excluded.status,
-    customer_id = excluded.customer_id,
-    concert_id = excluded.concert_id,
-    performance_id = excluded.performance_id,
-    seat_count = excluded.seat_count,
-    amount = excluded.amount,
+    title = excluded.title,
+    venue = excluded.venue,
+    time_zone = excluded.time_zone,
     currency = excluded.currency,
-    created_at = excluded.created_at,
-    updated_at = excluded.updated_at,
-    expires_at = excluded.expires_at,
+    occurred_at = excluded.occurred_at,
+    loaded_at = now()
+WHERE stored.version < excluded.version
+"""
+
+UPSERT_PERFORMANCE = """
+INSERT INTO analytics.dim_performances AS stored (
+    performance_id, concert_id, version, starts_at, sales_open_at, sales_close_at, status, capacity,
+    time_zone, occurred_at
+)
+VALUES (
+    %(performance_id)s, %(concert_id)s, %(version)s, %(starts_at)s, %(sales_open_at)s,
+    %(sales_close_at)s, %(status)s, %(capacity)s, %(time_zone)s, %(occurred_at)s
+)
+ON CONFLICT (performance_id) DO UPDATE SET
+    concert_id = excluded.concert_id,
+    version = excluded.version,
+    starts_at = excluded.starts_at,
+    sales_open_at = excluded.sales_open_at,
+    sales_close_at = excluded.sales_close_at,
+    status = excluded.status,
+    capacity = excluded.capacity,
+    time_zone = excluded.time_zone,
+    occurred_at = excluded.occurred_at,
     loaded_at = now()
 WHERE stored.version < excluded.version
 """
@@ -169,13 +250,20 @@ WHERE activity.datname = current_database()
 COUNT_DEAD_LETTERS = "SELECT count(*) FROM analytics.dead_letters"
 
 # For each connection of the loader. A worker that freezes between two statements lets go of its
-# locks after 2 s.
+# locks after 2 s. A commit doesn't wait for the disk: rows and offsets are one transaction, so what
+# a crash of the server takes back is read from Kafka again. No batch is worth a scan of a large
+# table, or a compiler: plans stay on the indexes, whatever statistics or a plan made early say.
 SESSION = """
 SELECT
     set_config('idle_in_transaction_session_timeout', '2s', false),
     set_config('lock_timeout', '2s', false),
     set_config('statement_timeout', '15s', false),
-    set_config('timezone', 'UTC', false)
+    set_config('timezone', 'UTC', false),
+    set_config('synchronous_commit', 'off', false),
+    set_config('enable_hashjoin', 'off', false),
+    set_config('enable_mergejoin', 'off', false),
+    set_config('enable_seqscan', 'off', false),
+    set_config('jit', 'off', false)
 """
 
 STATUS_SESSION = "SELECT set_config('statement_timeout', '15s', false)"

@@ -1,5 +1,8 @@
 """The loop: fetch → decode → load → commit.
 
+While Postgres works on a batch in a second thread, this one fetches and decodes the next: never
+more than one ahead, and nothing is loaded before what came before it is committed.
+
 Guarantees: it ends only when asked to, or by a fault of ours that only a restart can mend. An
 outage of Postgres or Kafka is said once and waited out, with the group's membership kept.
 """
@@ -9,18 +12,22 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType
 
 import structlog
 
-from data_platform.batch import decode
+from data_platform.batch import Decoded, decode
 from data_platform.consumer import Source
 from data_platform.errors import Cure, PlaceLostError, cure_of
 from data_platform.events import Decoder
 from data_platform.health import Health
 from data_platform.loader import Loaded, Loader
+from data_platform.star import Rows, rows_of
 
 POLL_WAIT_S = 0.2
+# While a batch is on its way: soon enough to see how it ended.
+UNDER_WAY_POLL_S = 0.01
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 2.0
 # SIGTERM: the batch in flight may take this long, everything this long (10 s are promised).
@@ -43,6 +50,8 @@ class Worker:
         self._stopping = threading.Event()
         self._wait_s = FIRST_WAIT_S
         self._waiting_for: str | None = None
+        self._pool = ThreadPoolExecutor(1, "load")
+        self._under_way: Future[Loaded] | None = None
 
     def run(self) -> None:
         """Load until SIGTERM or SIGINT; then finish the batch in hand and leave the group."""
@@ -51,6 +60,8 @@ class Worker:
         log.info("started", topics=list(self._decoders))
         while not self._stopping.is_set():
             self._turn()
+        self._drain()
+        self._pool.shutdown()
         self._source.close()
         self._loader.close()
         log.info("stopped")
@@ -58,29 +69,60 @@ class Worker:
     def _turn(self) -> None:
         self._health.beat({f"{p.topic} {p.partition}": w for p, w in self._source.stopped.items()})
         try:
-            self._source.settle(self._loader.claim)
-            slices = self._source.fetch(POLL_WAIT_S)
-            if slices:
-                batch = decode(slices, self._decoders)
-                self._source.confirm(slices)
-                with self._health.load_seconds.time():
-                    loaded = self._loader.load(batch)
-                self._source.commit(loaded.slices)
-                self._count(loaded)
-            # A turn without records says nothing of a load that fails: they may just not be there
-            # yet.
-            if slices or self._source.at_end:
-                self._recovered()
+            self._go_on()
         except PlaceLostError as error:
+            self._drain()
             log.info("place_lost", what=str(error))
             self._health.places_lost.inc()
             self._source.forget()
             self._source.wait(FIRST_WAIT_S)
         except Exception as error:
+            self._drain()
             if cure_of(error) is not Cure.WAIT:
                 raise
             self._source.forget()
             self._wait_out(error)
+
+    def _go_on(self) -> None:
+        if self._source.unsettled:
+            self._finish()  # one connection for claims and loads
+            self._source.settle(self._loader.claim)
+        slices = self._source.fetch(UNDER_WAY_POLL_S if self._under_way else POLL_WAIT_S)
+        if slices:
+            batch = decode(slices, self._decoders)
+            rows = rows_of(batch.rows)
+            self._source.confirm(slices)
+            self._finish()
+            self._under_way = self._pool.submit(self._load, batch, rows)
+        elif self._under_way is not None and self._under_way.done():
+            self._finish()
+        elif self._under_way is None and self._source.at_end:
+            self._recovered()
+
+    def _load(self, batch: Decoded, rows: Rows) -> Loaded:
+        with self._health.load_seconds.time():
+            return self._loader.load(batch, rows)
+
+    def _finish(self) -> None:
+        """Wait for the batch on its way, which is bounded by the loader; raises what it raises."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            loaded = under_way.result()
+            self._source.commit(loaded.slices)
+            self._count(loaded)
+            # A turn without records says nothing of a load that fails: they may just not be there
+            # yet.
+            self._recovered()
+
+    def _drain(self) -> None:
+        """Wait for the batch on its way, where something else has gone wrong, or we are to end."""
+        try:
+            self._finish()
+        except Exception as error:
+            if cure_of(error) is Cure.END:
+                raise
+            # Not lost: Postgres knows how far it got, and the next one begins there.
+            log.info("load_failed", cause=f"{type(error).__name__}: {error}".strip())
 
     def _count(self, loaded: Loaded) -> None:
         self._health.batches.inc()

@@ -38,6 +38,7 @@ class Platform:
     database: AnalyticsDatabase
     bootstrap_servers: str
     topic: str
+    catalogue_topic: str
     group: str
     properties_file: Path
     run_process: RunProcess
@@ -51,6 +52,7 @@ class Platform:
             "KAFKA_PROPERTIES_FILE": str(self.properties_file),
             "DATA_PLATFORM_GROUP": self.group,
             "DATA_PLATFORM_RESERVATION_TOPIC": self.topic,
+            "DATA_PLATFORM_CATALOGUE_TOPIC": self.catalogue_topic,
         } | more
 
     def worker(self, **more: str) -> Process:
@@ -83,6 +85,7 @@ class Platform:
         records: Iterable[tuple[bytes | None, bytes | None]],
         partition: int | None = None,
         headers: list[tuple[str, str | bytes | None]] | None = None,
+        topic: str | None = None,
     ) -> None:
         """Put records into the topic as they are."""
         producer = Producer(
@@ -90,7 +93,7 @@ class Platform:
         )
         for key, value in records:
             producer.produce(
-                self.topic,
+                topic or self.topic,
                 value,
                 key,
                 partition=-1 if partition is None else partition,
@@ -148,7 +151,17 @@ def make_platform(run_process: RunProcess, tmp_path: Path) -> MakePlatform:
         # A killed worker's partitions move soon.
         properties.write_text("session.timeout.ms=2000\nheartbeat.interval.ms=500\n")
         group = f"data-platform-{next(_numbers)}-{os.getpid()}"
-        return Platform(database, kafka.bootstrap_servers, topic, group, properties, run_process)
+        catalogue_topic = f"catalogue-of-{group}"
+        kafka.create_topic(catalogue_topic, 1)
+        return Platform(
+            database,
+            kafka.bootstrap_servers,
+            topic,
+            catalogue_topic,
+            group,
+            properties,
+            run_process,
+        )
 
     return make
 

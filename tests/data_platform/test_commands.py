@@ -47,7 +47,7 @@ def test_status_is_in_the_promised_shape_and_lag_comes_and_goes(platform: Platfo
     assert (level["lag_rows"], level["lag_seconds"], level["dead_letters"]) == (0, 0, 0)
     assert [set(partition) for partition in level["partitions"]] == [
         {"topic", "partition", "next_offset", "end_offset", "lag_rows"}
-    ] * 6
+    ] * 7  # with the catalogue's
     assert sum(p["next_offset"] for p in level["partitions"]) == len(events)
     assert worker.stop() == 0
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_platform.batch import Slice, bad_record, decode, printable
-from data_platform.events import BadRecordError, decode_reservation_event
+from data_platform.events import NULL, BadRecordError, decode_reservation_event
 from tests.data_platform.histories import event, history, moment
 
 SCHEMA = json.loads(
@@ -57,15 +57,20 @@ def test_every_event_of_a_reservations_life_is_a_row() -> None:
     for happened in history(50, seed=1):
         validator.validate(happened.envelope)
         row = decode_reservation_event(happened.key, happened.value)
-        assert row.columns[:3] == happened.fact[:3]
-        assert row.occurred_at == happened.fact[3]
-        assert moment(str(row.columns[3])) == happened.fact[3]
-        assert row.columns[4:11] == happened.fact[4:11]
+        assert (row.reservation_id, row.version, row.type, row.occurred_at) == happened.fact[:4]
+        columns = row.state.split("\t")
+        assert columns[2:4] == list(happened.fact[4:6])
+        assert [int(column) for column in columns[4:8]] == list(happened.fact[6:10])
+        assert [moment(None if text == NULL else text) for text in columns[9:12]] == [
+            happened.fact[11],
+            happened.fact[3],
+            happened.fact[12],
+        ]
 
 
 def test_fields_that_nobody_knows_yet_are_no_fault() -> None:
     envelope = {**event("r-1").envelope, "traceparent": "00-1-2-00", "partitionkey": 7}
-    assert decode_reservation_event(b"r-1", json.dumps(envelope).encode())
+    assert decode_reservation_event(b"r-1", json.dumps(envelope).encode()).version == 1
 
 
 BAD_VALUES = [
@@ -138,11 +143,12 @@ def test_a_key_other_than_the_reservation_is_a_bad_record(key: bytes | None) -> 
 
 def test_a_text_about_an_escaped_nul_is_no_nul() -> None:
     value = event("r-1").value.replace(b"Parterre", rb"\\u0000")
-    assert decode_reservation_event(b"r-1", value)
+    assert decode_reservation_event(b"r-1", value).seats[0].section == "\\u0000"
 
 
 def test_a_time_finer_than_a_microsecond_is_a_time() -> None:
-    assert decode_reservation_event(b"r-1", changed("time", "2027-01-01T10:00:00.123456789Z"))
+    exact = changed("time", "2027-01-01T10:00:00.123456789Z")
+    assert decode_reservation_event(b"r-1", exact).occurred_at.microsecond == 123456
 
 
 json_values = st.recursive(
