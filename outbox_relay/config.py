@@ -49,9 +49,12 @@ def _upper(value: object) -> object:
 
 def _postgres_url(value: SecretStr) -> SecretStr:
     try:
-        conninfo_to_dict(value.get_secret_value())
+        ports = str(conninfo_to_dict(value.get_secret_value()).get("port", ""))
     except psycopg.ProgrammingError:  # its text would show the password
         raise ValueError from None
+    # libpq looks at them only when it connects; that would be an outage, and waited for.
+    if any(port and not (port.isdigit() and 0 < int(port) < 2**16) for port in ports.split(",")):
+        raise ValueError
     return value
 
 

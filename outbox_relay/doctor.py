@@ -7,7 +7,7 @@ its time only by a record.)
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -23,8 +23,9 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
 )
 from psycopg.rows import dict_row
 
-from outbox_relay import leadership, pooler, sql, topics
+from outbox_relay import cursor, exactly_once, leadership, pooler, sql, topics
 from outbox_relay.config import Settings
+from outbox_relay.producer import PublishError, make_admin
 from outbox_relay.topics import TopicSpec
 
 PART_TIMEOUT_S = 7.0
@@ -34,6 +35,8 @@ NEWEST_REVISION = "reservations_0001"
 # A booking takes milliseconds.
 HOLDS_BACK_ERROR_S = 60.0
 UNPUBLISHED_WARN_S = 30.0
+# A cursor that is moved at all is moved each second.
+CURSOR_IDLE_S = 60.0
 CLOCK_WARN_S = 1.0
 # For a relay and its successor: a connection a topic, one for the leadership, one for an operator.
 FREE_CONNECTIONS = 10
@@ -67,9 +70,7 @@ def examine_all(settings: Settings) -> list[Finding]:
     kafka_properties = settings.kafka_properties()
     return [
         *_within_time("postgres", _examine_postgres(settings, allowed_bytes)),
-        *_within_time(
-            "kafka", _examine_kafka(kafka_properties, settings.cursor_topic, allowed_bytes)
-        ),
+        *_within_time("kafka", _examine_kafka(settings, kafka_properties, allowed_bytes)),
     ]
 
 
@@ -317,6 +318,49 @@ def _unpublished(connection: psycopg.Connection, settings: Settings) -> Iterator
             yield Finding("warning" if leads else "error", "unpublished events", found, to_do)
 
 
+def _history(connection: psycopg.Connection, settings: Settings) -> Iterator[Finding]:
+    """Name the topics whose cursors are of another history than this database's."""
+    server = leadership.examine(connection)
+    for row in cursor.load_rows(connection, settings.outbox_relay_name):
+        try:
+            cursor.refuse_another_history(connection, cursor.from_row(row), server)
+        except leadership.RefusedError as error:
+            yield _refused(row["topic"], error)
+
+
+def _refused(topic: str, error: Exception) -> Finding:
+    found = str(error).removesuffix(cursor.REMEDY).strip()
+    return Finding("error", "refused topics", f"{topic}: {found}", cursor.REMEDY)
+
+
+def _cursors(connection: psycopg.Connection, settings: Settings) -> Iterator[Finding]:
+    """Name the cursors that let the outbox grow, and nobody moves."""
+    name = settings.outbox_relay_name
+    for row in _rows(connection, sql.HOLD_RETENTION, {"name": name, "idle_s": CURSOR_IDLE_S}):
+        relay, topic = row["relay_name"], row["topic"]
+        found = f"relay {relay}, topic {topic}: "
+        found += "no cursor" if row["idle_s"] is None else f"not moved for {row['idle_s']:.0f} s"
+        found += "; the outbox's partitions stay for it"
+        remove = f"DELETE FROM outbox_relay_cursor WHERE relay_name = '{relay}'"  # noqa: S608 - shown
+        if relay == name:
+            to_do = "the outbox takes this topic no more: make it in Kafka for its last events,"
+            to_do += f" or give them up, as the owner: {remove} AND topic = '{topic}'"
+        else:
+            to_do = f"start that relay, or, if it runs no more, as the owner: {remove}"
+        yield Finding("warning", "abandoned cursors", found, to_do)
+
+
+def _standbys(connection: psycopg.Connection, _: Settings) -> Iterator[Finding]:
+    for row in _rows(connection, sql.STANDBYS):
+        where = f"the relay at {row['address']} (session pid {row['pid']})"
+        if row["fit"]:
+            yield Finding("ok", "standby", f"{where} could take over")
+        else:
+            found = f"{where} does not reach Kafka: it could not take over"
+            to_do = "see KAFKA_BOOTSTRAP_SERVERS, and the network between that machine and Kafka"
+            yield Finding("warning", "standby", found, to_do)
+
+
 POSTGRES_EXAMINATIONS: Mapping[str, Examine] = {
     "server": _server,
     "migrations": _revision,
@@ -328,6 +372,9 @@ POSTGRES_EXAMINATIONS: Mapping[str, Examine] = {
     "default partition": _default_partition,
     "quarantined events": _quarantined,
     "unpublished events": _unpublished,
+    "refused topics": _history,
+    "abandoned cursors": _cursors,
+    "standby": _standbys,
 }
 
 
@@ -339,11 +386,11 @@ def _count(rows: int) -> str:
 
 
 def _examine_kafka(
-    kafka_properties: Mapping[str, str], cursor_topic: str, allowed_bytes: Mapping[str, int]
+    settings: Settings, kafka_properties: Mapping[str, str], allowed_bytes: Mapping[str, int]
 ) -> Iterator[Finding]:
     """Examine the cluster and every topic that the relay writes."""
     try:
-        admin = AdminClient({**kafka_properties, "client.id": "outbox-relay", "log_level": 0})
+        admin = make_admin(kafka_properties)
         cluster = admin.list_topics(timeout=KAFKA_REQUEST_TIMEOUT_S)
     except KafkaException as error:
         servers = kafka_properties["bootstrap.servers"]
@@ -351,7 +398,7 @@ def _examine_kafka(
         yield Finding("error", "kafka", found, "see KAFKA_BOOTSTRAP_SERVERS and the brokers")
         return
     yield _brokers(cluster)
-    specs = {spec.name: spec for spec in topics.wanted_topics(cursor_topic)}
+    specs = {spec.name: spec for spec in topics.wanted_topics(settings.cursor_topic)}
     wanted = {*specs, *allowed_bytes}
     for name in sorted(wanted - cluster.topics.keys()):
         to_do = "outbox-relay topics" if name in specs else "make it, or DELETE FROM outbox_topics"
@@ -360,16 +407,38 @@ def _examine_kafka(
     asked = topics.request_settings(admin, existing, KAFKA_REQUEST_TIMEOUT_S) if existing else {}
     for name, settings_of in asked.items():
         try:
-            settings = settings_of()
+            found_settings = settings_of()
         except KafkaException as error:
             found = f"its settings can't be read: {error.args[0].str()}"
             yield Finding("warning", f"topic {name}", found, "allow DescribeConfigs on it")
         else:
             spec = specs.get(name) or TopicSpec(name, len(cluster.topics[name].partitions))
-            problems = list(_topic(cluster, spec, settings, allowed_bytes.get(name, 0)))
+            problems = list(_topic(cluster, spec, found_settings, allowed_bytes.get(name, 0)))
             yield from problems or [Finding("ok", f"topic {name}", "fine")]
     if TRANSACTIONS_TOPIC not in cluster.topics and len(_known_brokers(cluster)) >= SAFE_REPLICAS:
         yield from _transactions_to_be(admin, min(cluster.brokers))
+    if settings.cursor_topic in cluster.topics:
+        yield from _cursor_in_kafka(settings, allowed_bytes.keys() & cluster.topics.keys())
+
+
+def _cursor_in_kafka(settings: Settings, names: Iterable[str]) -> Iterator[Finding]:
+    """Name the topics whose cursors tell of another Kafka, or of another state of this one."""
+    name = settings.outbox_relay_name
+    try:
+        with leadership.connect(settings.database_url, "doctor") as connection:
+            at_rest = not leadership.holds(connection, name)
+            for topic in sorted(names):
+                try:
+                    exactly_once.refuse_as_a_lane_would(
+                        settings, connection, topic, at_rest=at_rest
+                    )
+                except leadership.RefusedError as error:
+                    yield _refused(topic, error)
+    except (psycopg.Error, leadership.RefusedError):
+        return  # told by the examination of Postgres
+    except (KafkaException, PublishError, TimeoutError) as error:
+        found = f"could not be compared with Kafka: {error}"
+        yield Finding("warning", "refused topics", found, "see whether it hangs or is overloaded")
 
 
 def _known_brokers(cluster: ClusterMetadata) -> set[int]:

@@ -36,6 +36,9 @@ from outbox_relay.cursor import (
     REMEDY,
     Cursor,
     Store,
+    Stored,
+    from_row,
+    load_rows,
     newest,
     refuse_another_history,
     refuse_another_kafka,
@@ -437,6 +440,27 @@ class CursorRecords:
             elif not to_the_end or (message.offset() or 0) >= end:
                 return found
         raise PublishError("the end of the cursor topic was not reached in time")
+
+
+def refuse_as_a_lane_would(
+    settings: Settings, connection: psycopg.Connection, topic: str, *, at_rest: bool
+) -> None:
+    """Compare Kafka with the cursor in Postgres as a session of `topic` does; fence nobody.
+
+    Raises:
+        RefusedError: a lane refuses, or will; not `at_rest`, while a relay leads, a cursor that is
+            just being committed is no reason.
+        KafkaException, PublishError: Kafka can't be reached, or the topic is missing.
+    """
+    admin = make_admin(settings.kafka_properties())
+    # Before the copy, which a leader may renew meanwhile.
+    in_kafka = CursorRecords(settings, topic, admin, lambda: None).read(to_the_end=False)
+    for row in load_rows(connection, settings.outbox_relay_name, topic):
+        stored = Stored(from_row(row), row["delivery"])
+        refuse_another_kafka(stored.cursor, cluster_id(admin, topic))
+        refuse_restored(stored.cursor, in_kafka, topic)
+        counts = newest(stored, in_kafka, topic) if at_rest else in_kafka or stored.cursor
+        _refuse_lost_events(admin, topic, counts, _describe(admin, topic)[0])
 
 
 def newest_generation(settings: Settings, connection: psycopg.Connection) -> int:

@@ -555,6 +555,39 @@ LATERAL (SELECT coalesce(published_snapshot, '3:3:') AS published,
 ORDER BY outbox_topics.topic
 """
 
+# Cursors that retention waits for and that nobody seems to move: of other relays, and of topics
+# that the outbox takes no more. Also those that another relay has not got at all.
+HOLD_RETENTION = """
+SELECT relay_name, topic, extract(epoch FROM clock_timestamp() - updated_at)::float8 AS idle_s
+FROM outbox_relay_cursor
+WHERE (relay_name <> %(name)s OR topic NOT IN (SELECT topic FROM outbox_topics))
+  AND updated_at < clock_timestamp() - make_interval(secs => %(idle_s)s)
+  AND (EXISTS (SELECT FROM outbox
+           WHERE transaction_id >= pg_snapshot_xmax(published_snapshot)
+             AND transaction_id < pg_snapshot_xmax(pg_current_snapshot()))
+       OR EXISTS (SELECT FROM outbox WHERE transaction_id = ANY (
+           ARRAY(SELECT pg_snapshot_xip(published_snapshot)))))
+UNION ALL
+SELECT relay_name, topic, NULL FROM (
+    SELECT names.relay_name, outbox_topics.topic
+    FROM outbox_topics, (SELECT DISTINCT relay_name FROM outbox_relay_cursor) AS names
+    WHERE names.relay_name <> %(name)s
+    EXCEPT SELECT relay_name, topic FROM outbox_relay_cursor
+) AS missing
+ORDER BY relay_name, topic LIMIT 20
+"""
+
+# Relays that stand by; those that can reach Kafka share a lock.
+STANDBYS = """
+SELECT pid, coalesce(client_addr::text, 'this machine') AS address, EXISTS (
+    SELECT FROM pg_locks WHERE pg_locks.pid = activity.pid AND locktype = 'advisory'
+      AND mode = 'ShareLock' AND granted) AS fit
+FROM pg_stat_activity AS activity
+WHERE datname = current_database() AND application_name = 'outbox-relay standby'
+  AND backend_start < clock_timestamp() - interval '10 s'
+ORDER BY pid
+"""
+
 # --- Retention -----------------------------------------------------------------------------------
 
 # Every partition of the outbox with its first and last row; the default one has no number. Asked of

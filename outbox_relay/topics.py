@@ -14,7 +14,11 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
     TopicMetadata,
 )
 
+from outbox_relay.producer import make_admin
+
 REQUEST_TIMEOUT_S = 15.0
+# Of a cluster that is there; else one need not wait for it long.
+ANSWER_WITHIN_S = 5.0
 SAFE_REPLICATION_FACTOR = 3
 # More than outbox_topics allows: what the database takes, the broker must take too.
 MAX_BYTES = "1048588"
@@ -70,8 +74,8 @@ def make_or_check(
     Raises:
         KafkaException: Kafka can't be reached or refuses.
     """
-    admin = AdminClient({**kafka_properties, "client.id": "outbox-relay", "log_level": 0})
-    metadata = admin.list_topics(timeout=REQUEST_TIMEOUT_S)
+    admin = make_admin(kafka_properties)
+    metadata = admin.list_topics(timeout=ANSWER_WITHIN_S)
     factor = replication_factor or min(SAFE_REPLICATION_FACTOR, len(metadata.brokers))
     outcomes = []
     for spec in wanted_topics(cursor_topic):

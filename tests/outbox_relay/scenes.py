@@ -34,7 +34,7 @@ HANDOVER_TIMEOUT_S = 20.0
 BACKLOG_ROWS = 50_000
 REQUEST_TIMEOUT_S = 10.0
 # Of a backlog: enough that one is open at nearly every moment for some seconds.
-MANY_TRANSACTIONS = {"OUTBOX_RELAY_CHUNK_MAX_ROWS": "50"}
+MANY_TRANSACTIONS = {"OUTBOX_RELAY_CHUNK_MAX_ROWS": "5"}
 END_TXN = (26).to_bytes(2)
 
 _numbers = itertools.count(1)
@@ -147,6 +147,16 @@ def set_topics(database: ReservationDatabase, *topics: str) -> None:
         connection.execute("DELETE FROM outbox_topics")
         for topic in topics:
             connection.execute("INSERT INTO outbox_topics VALUES (%s, 1000000)", (topic,))
+
+
+def end_sessions(outbox: ExactlyOnceOutbox, name: str) -> None:
+    """End what a killed relay's session is still about to do in Postgres."""
+    with psycopg.connect(outbox.database.relay_url, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND application_name = %s",
+            (f"outbox-relay {name}",),
+        )
 
 
 def with_port(database: ReservationDatabase, port: int) -> ReservationDatabase:

@@ -34,6 +34,8 @@ def relay(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
         ("OUTBOX_RELAY_RETENTION_HOURS", "-1"),
         ("OUTBOX_RELAY_DELIVERY", "at_most_once"),
         ("OUTBOX_RELAY_DATABASE_URL", "postgres//relay:secret-word@127.0.0.1/x"),
+        ("OUTBOX_RELAY_DATABASE_URL", "postgresql://relay:secret-word@127.0.0.1:99999/x"),
+        ("OUTBOX_RELAY_DATABASE_URL", "postgresql://relay:secret-word@127.0.0.1:port/x"),
         ("OUTBOX_RELAY_POLL_INTERVAL_MS", "10000"),
         ("METRICS_PORT", "70000"),
         ("LOG_LEVEL", "LOUD"),

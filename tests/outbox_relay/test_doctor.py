@@ -12,7 +12,7 @@ from confluent_kafka import Producer
 
 import migrations
 from devstack.kafka import KafkaCluster
-from outbox_relay import doctor, topics
+from outbox_relay import doctor, leadership, sql, topics
 from outbox_relay.config import Settings
 from outbox_relay.doctor import Finding
 from tests.conftest import MakeKafkaCluster, MakePostgresServer
@@ -195,6 +195,68 @@ def test_what_is_published_does_not_count_as_waiting(outbox: Outbox, kafka: Kafk
         )
         assert only(examined(outbox.database, kafka), "leader").level == "warning"
         assert named(examined(outbox.database, kafka), "unpublished events") == []
+
+
+STRANGE_CURSOR = """
+INSERT INTO outbox_relay_cursor (relay_name, topic, delivery, leader_epoch, leader,
+    published_snapshot, system_identifier, database_oid, timeline, wal_lsn, updated_at)
+SELECT %s, %s, 'exactly_once', 1, '', '3:3:', system_identifier + %s,
+    (SELECT oid FROM pg_database WHERE datname = current_database()),
+    left(pg_walfile_name(pg_current_wal_lsn()), 8), '0/0', now() - make_interval(secs => %s)
+FROM pg_control_system()
+"""
+
+
+def test_cursors_that_hold_retention_up_for_nobody_are_named(
+    outbox: Outbox, kafka: KafkaCluster
+) -> None:
+    outbox.insert("k", "{}")
+    with outbox.owner() as owner:
+        for relay, topic, idle_s in (("r", outbox.topic, 900), ("r", "gone", 700)):
+            owner.execute(STRANGE_CURSOR, (relay, topic, 0, idle_s))
+        owner.execute(STRANGE_CURSOR, ("busy", outbox.topic, 0, 1))
+        owner.execute(STRANGE_CURSOR, ("dead", outbox.topic, 0, 800))
+    found = named(examined(outbox.database, kafka), "abandoned cursors")
+    dead, gone = found
+    assert dead.found.startswith(f"relay dead, topic {outbox.topic}: not moved for 80")
+    assert gone.found.startswith("relay r, topic gone: not moved for 70")
+    with outbox.owner() as owner:  # what it says to do
+        for finding in found:
+            owner.execute(finding.to_do[finding.to_do.index("DELETE") :])
+        owner.execute("INSERT INTO outbox_topics VALUES ('new', 1000)")
+    (missing,) = named(examined(outbox.database, kafka), "abandoned cursors")
+    assert missing.found.startswith("relay busy, topic new: no cursor")
+
+
+def test_a_topic_whose_lane_refuses_is_named_with_the_reason(
+    outbox: Outbox, kafka: KafkaCluster
+) -> None:
+    with outbox.owner() as owner:
+        owner.execute(STRANGE_CURSOR, ("r", outbox.topic, 1, 0))
+    refused = only(examined(outbox.database, kafka), "refused topics")
+    assert (refused.level, "another server" in refused.found) == ("error", True)
+    assert "outbox-relay resume --from-id N" in refused.to_do
+    with outbox.owner() as owner:  # as a move to this Kafka without `resume`
+        owner.execute("DELETE FROM outbox_relay_cursor")
+        owner.execute(STRANGE_CURSOR, ("r", outbox.topic, 0, 0))
+        owner.execute("UPDATE outbox_relay_cursor SET kafka_cluster_id = 'another'")
+    assert only(examined(outbox.database, kafka), "refused topics").level == "ok"
+    kafka.create_topic("outbox-relay-cursor.r", 1)
+    refused = named(examined(outbox.database, kafka), "refused topics")[-1]
+    assert "another Kafka cluster" in refused.found
+
+
+def test_a_relay_that_stands_by_without_kafka_is_named(
+    reservation_database: ReservationDatabase,
+    kafka: KafkaCluster,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sql, "STANDBYS", sql.STANDBYS.replace("'10 s'", "'0 s'"))
+    with leadership.connect(reservation_database.relay_url, "standby") as connection:
+        unfit = only(examined(reservation_database, kafka), "standby")
+        assert (unfit.level, "does not reach Kafka" in unfit.found) == ("warning", True)
+        leadership.Standby(connection, "r").tell(fit=True)
+        assert only(examined(reservation_database, kafka), "standby").level == "ok"
 
 
 def test_commits_that_a_crash_may_take_back_are_found_for_each_writer(

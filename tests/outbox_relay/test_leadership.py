@@ -1,5 +1,6 @@
 """One relay of a name leads, and who no longer does changes nothing."""
 
+import time
 from dataclasses import replace
 
 import psycopg
@@ -59,6 +60,35 @@ def test_one_session_holds_the_lock_of_a_name_until_it_ends(
             assert leadership.try_lock(second, "another")
         # The server notices the end of a session a moment later.
         wait_until(lambda: leadership.try_lock(second, "r"), 10, "the lock")
+
+
+def test_an_answer_is_waited_for_no_longer_than_its_bound(
+    reservation_database: ReservationDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leadership, "ANSWER_WITHIN_S", 0.3)
+    with leadership.connect(reservation_database.relay_url) as connection:
+        began_s = time.monotonic()
+        with (
+            pytest.raises(psycopg.OperationalError, match="doesn't answer"),
+            leadership.answering(connection),
+        ):
+            connection.execute("SELECT pg_sleep(10)")
+        assert time.monotonic() - began_s < 5
+        assert connection.closed
+
+
+def test_a_leader_knows_whether_somebody_fit_stands_by(
+    reservation_database: ReservationDatabase,
+) -> None:
+    url = reservation_database.relay_url
+    with leadership.connect(url) as leader, leadership.connect(url) as other:
+        standby = leadership.Standby(other, "r")
+        assert not leadership.has_fit_standby(leader, "r")
+        for fit in (True, True, False, False, True):
+            standby.tell(fit=fit)
+            assert leadership.has_fit_standby(leader, "r") == fit
+        assert not leadership.has_fit_standby(leader, "another")
+        assert not leadership.holds(leader, "r")
 
 
 @pytest.mark.parametrize(

@@ -86,18 +86,27 @@ def test_a_short_stall_of_kafka_does_not_end_the_term_of_a_leader_that_nobody_co
     assert says(relay, '"leading"')
 
 
+@pytest.mark.parametrize(
+    "starting", [False, True], ids=["of a relay that runs", "of one that starts"]
+)
 def test_one_frozen_broker_of_three_stops_publishing_for_a_bounded_time_only(
     reservation_database: ReservationDatabase,
     three_brokers: BreakableKafka,
     start_relay: StartRelay,
+    *,
+    starting: bool,
 ) -> None:
     outbox = make_outbox(reservation_database, three_brokers.cluster)
     relay = start_relay(outbox)
     outbox.insert_many(100)
     outbox.settle()
     broker = leader_of_the_cursor(outbox, three_brokers)
+    if starting:
+        assert relay.stop() == 0
     broker.pause()
     try:
+        if starting:
+            relay = start_relay(outbox)
         outbox.insert_many(100)
         outbox.settle(FROZEN_BROKER_TIMEOUT_S)
         assert relay.alive

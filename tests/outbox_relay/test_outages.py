@@ -7,13 +7,21 @@ from dataclasses import replace
 
 import psycopg
 import pytest
+from confluent_kafka import Producer
 
 from devstack.kafka import KafkaCluster
 from devstack.postgres import PostgresServer
+from outbox_relay import __main__, exactly_once
 from tests.conftest import MakeKafkaCluster, MakePostgresServer
 from tests.databases import create_reservation_database
 from tests.outbox_relay.conftest import Outbox, StartRelay
+from tests.proxy import BreakableKafka
 from tests.waiting import wait_until
+
+
+def is_fetch(request: bytes) -> bool:
+    """Whether these bytes begin with Fetch: four bytes of length, two of the kind."""
+    return request[4:6] == (1).to_bytes(2)
 
 
 def command(outbox: Outbox, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -178,6 +186,45 @@ def test_resume_refuses_while_a_relay_leads(outbox: Outbox, start_relay: StartRe
     refused = command(outbox, "resume", "--from-id", "1", "--apply")
     assert refused.returncode == 1
     assert "is running" in refused.stderr
+
+
+def test_resume_beyond_the_newest_row_warns(outbox: Outbox, start_relay: StartRelay) -> None:
+    outbox.insert("a", "1")
+    relay = start_relay(outbox)
+    wait_until(outbox.records, 20, "the row")
+    assert relay.stop() == 0
+    warned = command(outbox, "resume", "--from-id", "1000")
+    assert (warned.returncode, "the newest row is 1" in warned.stderr) == (0, True)
+    assert command(outbox, "resume", "--from-id", "1").stderr == ""
+
+
+def test_resume_says_in_one_line_that_kafka_fails_in_its_midst(
+    outbox: Outbox,
+    breakable_kafka: BreakableKafka,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cursor_topic = f"outbox-relay-cursor.{outbox.relay_name}"
+    breakable_kafka.cluster.create_topic(cursor_topic, 1)
+    producer = Producer({"bootstrap.servers": breakable_kafka.cluster.bootstrap_servers})
+    producer.produce(cursor_topic, b"{}", b"another topic")
+    assert producer.flush(20) == 0
+    behind_it = replace(outbox, bootstrap_servers=breakable_kafka.bootstrap_servers)
+    for name, value in behind_it.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["outbox-relay", "resume", "--from-id", "1"])
+    monkeypatch.setattr(exactly_once, "OPEN_WITHIN_S", 2.0)
+    (proxy,) = breakable_kafka.proxies
+    proxy.freeze_at(is_fetch, after=False)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            __main__.main()
+    finally:
+        proxy.open()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == (
+        "outbox-relay: the end of the cursor topic was not reached in time\n"
+    )
 
 
 def test_cached_ids_are_refused_because_they_reorder_events(outbox: Outbox) -> None:

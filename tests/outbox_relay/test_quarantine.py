@@ -2,6 +2,7 @@
 
 import json
 import random
+from functools import partial
 
 import psycopg
 import pytest
@@ -11,6 +12,7 @@ from tests.outbox_relay.conftest import StartRelay
 from tests.outbox_relay.scenes import (
     HANDOVER_TIMEOUT_S,
     ExactlyOnceOutbox,
+    end_sessions,
     exactly_once_outbox,  # noqa: F401 - the fixture `outbox`
     make_outbox,
     says,
@@ -50,6 +52,10 @@ def quarantined(outbox: ExactlyOnceOutbox) -> int:
     return int(found[0])
 
 
+def published(outbox: ExactlyOnceOutbox, count: int) -> bool:
+    return len(outbox.arrived().get("a", ())) == count
+
+
 def insert_for(outbox: ExactlyOnceOutbox, key: str, count: int) -> None:
     with outbox.owner() as connection:
         connection.execute(
@@ -63,11 +69,12 @@ def test_a_stop_behind_chunks_that_stepped_aside_takes_the_cursor_back_over_no_e
     outbox: ExactlyOnceOutbox, start_relay: StartRelay
 ) -> None:
     put_aside(outbox)
-    with outbox.owner() as connection:  # whole chunks of b, which waits, between chunks of a
+    # Whole chunks of b, which waits, each between some of a.
+    with outbox.owner() as connection:
         connection.execute(
             "INSERT INTO outbox (topic, key, payload)"
-            " SELECT %s, CASE WHEN (n / %s) %% 2 = 0 THEN 'a' ELSE 'b' END, n::text::json"
-            " FROM generate_series(0, 39999) AS n",
+            " SELECT %s, CASE WHEN (n / %s) %% 9 = 4 THEN 'b' ELSE 'a' END, n::text::json"
+            " FROM generate_series(0, 59999) AS n",
             (outbox.topic, CHUNK_ROWS),
         )
     truth = outbox.rows()["a"]
@@ -84,12 +91,13 @@ def test_a_stop_behind_chunks_that_stepped_aside_takes_the_cursor_back_over_no_e
 def test_what_waited_behind_a_released_event_is_not_published_again_after_a_clean_stop(
     outbox: ExactlyOnceOutbox, start_relay: StartRelay
 ) -> None:
-    for _ in range(2):
+    for number in (1, 2):
         put_aside(outbox)
         relay = start_relay(outbox)
         wait_for_leader(outbox, relay)
         # A commit of just now keeps the position behind the next chunk from its own for a second.
         outbox.insert("a", "1")
+        wait_until(partial(published, outbox, number), 20, "its commit")
         with outbox.owner() as connection, connection.transaction():
             connection.execute(
                 "INSERT INTO outbox (topic, key, payload) VALUES (%s, 'b', '\"waits\"')",
@@ -117,6 +125,7 @@ def test_killed_between_the_release_s_commit_and_its_removal_it_is_not_published
         outbox.succeed("quarantine", "release", refused_id)
         outbox.wait_for(1)
         relay.kill()
+        end_sessions(outbox, f"lane {outbox.topic}")
     start_relay(outbox)
     outbox.insert("b", '"after"')
     wait_until(lambda: b'"after"' in outbox.arrived()["b"], 20, "the last one")
