@@ -24,11 +24,11 @@ from outbox_relay.exactly_once import ExactlyOnce, cluster_id
 from outbox_relay.producer import (
     SLICE_S,
     Channel,
-    PublishError,
     batch_size,
     failure,
     produce,
     reason,
+    trouble,
 )
 from outbox_relay.reader import Chunk, Position, Row
 
@@ -180,8 +180,7 @@ class AtLeastOnce:
             cursor = replace(cursor, kafka_cluster_id=kafka_cluster_id)
             self._producer = channel.producer(batch_size(admin, channel.topic))
         except KafkaException as error:
-            said = reason(error)
-            raise PublishError(f"{said.name()}: {said.str()}") from error
+            raise trouble(reason(error)) from error
         if stored.delivery != DELIVERY or cursor != stored.cursor:
             self._store.save(cursor, DELIVERY, durably=True)
         return cursor

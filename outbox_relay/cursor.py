@@ -51,14 +51,14 @@ class Cursor:
     released: tuple[int, ...] = ()
     copied_sequence: int = 0
 
-    def step(self, position: Position, rows: int = 0, released: tuple[int, ...] = ()) -> Self:
+    def step(self, position: Position, rows: int = 0) -> Self:
         """Return the cursor that has come to `position` by publishing `rows` rows."""
         return replace(
             self,
             position=position,
             sequence=self.sequence + 1,
             published_rows=self.published_rows + rows,
-            released=released,
+            released=(),
         )
 
     def next_generation(self) -> Self:

@@ -59,6 +59,7 @@ from outbox_relay.producer import (
     make_admin,
     produce,
     reason,
+    trouble,
 )
 from outbox_relay.reader import Chunk, Position, Row
 
@@ -245,8 +246,7 @@ class ExactlyOnce:
                 self._producer.poll(FULL_QUEUE_SLICE_S)
                 self._channel.go_on()
             except KafkaException as error:
-                said = reason(error)
-                raise PublishError(f"{said.name()}: {said.str()}") from error
+                raise trouble(reason(error)) from error
             else:
                 return
 
@@ -267,7 +267,7 @@ class ExactlyOnce:
                 said = reason(error)
                 # Timed out: the same commit goes on. Everything else ends the session.
                 if said.code() != KafkaError._TIMED_OUT or time.monotonic() > deadline_s:  # noqa: SLF001
-                    raise PublishError(f"{said.name()}: {said.str()}") from error
+                    raise trouble(said) from error
                 self._channel.go_on()
             else:
                 return
@@ -326,8 +326,7 @@ class ExactlyOnce:
             cursor = checked(newest(stored, in_kafka, channel.topic))
             _refuse_lost_events(admin, channel.topic, cursor, topic_id)
         except KafkaException as error:
-            said = reason(error)
-            raise PublishError(f"{said.name()}: {said.str()}") from error
+            raise trouble(reason(error)) from error
         self._offsets = dict(cursor.offsets)
         if cursor.released:
             channel.connection.execute(

@@ -103,6 +103,11 @@ def failure(error: KafkaError, rows: Sequence[Row]) -> Exception:
     """Return the exception for what Kafka said of one of `rows`."""
     if error.code() in REFUSALS:
         return RecordRefusedError(error, rows[0] if len(rows) == 1 else None)
+    return trouble(error)
+
+
+def trouble(error: KafkaError) -> PublishError:
+    """Return the exception for what Kafka said of a whole session."""
     return PublishError(f"{error.name()}: {error.str()}")
 
 
