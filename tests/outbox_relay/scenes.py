@@ -149,6 +149,14 @@ def set_topics(database: ReservationDatabase, *topics: str) -> None:
             connection.execute("INSERT INTO outbox_topics VALUES (%s, 1000000)", (topic,))
 
 
+def term(outbox: ExactlyOnceOutbox) -> int:
+    """The number of the last term that was begun."""
+    with outbox.owner() as connection:
+        found = connection.execute("SELECT max(leader_epoch) FROM outbox_relay_cursor").fetchone()
+    assert found is not None
+    return int(found[0] or 0)
+
+
 def end_sessions(outbox: ExactlyOnceOutbox, name: str) -> None:
     """End what a killed relay's session is still about to do in Postgres."""
     with psycopg.connect(outbox.database.relay_url, autocommit=True) as connection:

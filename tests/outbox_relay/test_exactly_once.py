@@ -16,12 +16,14 @@ from tests.outbox_relay.scenes import (
     BACKLOG_ROWS,
     MANY_TRANSACTIONS,
     ExactlyOnceOutbox,
+    end_sessions,
     exactly_once_outbox,  # noqa: F401 - the fixture `outbox`
     freeze_in_a_transaction,
     has_open_transaction,
     is_end_of_transaction,
     make_outbox,
     private_outbox,
+    term,
     wait_for_leader,
 )
 from tests.proxy import BreakableKafka
@@ -259,3 +261,43 @@ def test_a_change_of_the_delivery_loses_and_repeats_nothing(
         else:
             assert relay.stop() == 0
     assert outbox.arrived() == outbox.rows()
+
+
+def lane_waits_for_a_lock(outbox: ExactlyOnceOutbox) -> bool:
+    with psycopg.connect(outbox.database.relay_url) as connection:
+        found = connection.execute(
+            "SELECT FROM pg_stat_activity WHERE datname = current_database()"
+            " AND application_name = %s AND wait_event_type = 'Lock'",
+            (f"outbox-relay lane {outbox.topic}",),
+        ).fetchone()
+    return found is not None
+
+
+@pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
+def test_a_kill_in_the_midst_of_a_change_of_the_delivery_loses_and_repeats_nothing(
+    outbox: ExactlyOnceOutbox, start_relay: StartRelay, delivery: str
+) -> None:
+    before, after = ({"OUTBOX_RELAY_DELIVERY": "exactly_once"}, {"OUTBOX_RELAY_DELIVERY": delivery})
+    if delivery == "exactly_once":
+        before = {"OUTBOX_RELAY_DELIVERY": "at_least_once"}
+    relay = start_relay(outbox, before)
+    for number in range(1, 6):
+        outbox.insert("a", str(number))
+    outbox.wait_for(5)
+    if delivery == "exactly_once":
+        assert relay.stop() == 0
+    else:
+        relay.kill()  # the copy of its cursor in Postgres may be a second old
+    last_term = term(outbox)
+    changing = start_relay(outbox, after)
+    wait_until(lambda: term(outbox) > last_term, 20, "a term")
+    with psycopg.connect(outbox.database.owner_url) as in_the_way:
+        in_the_way.execute("SELECT FROM outbox_relay_cursor FOR UPDATE")
+        wait_until(lambda: lane_waits_for_a_lock(outbox), 20, "the change to be stored")
+        changing.kill()
+        end_sessions(outbox, f"lane {outbox.topic}")
+    assert outbox.status()["delivery"] != delivery
+    start_relay(outbox, after)
+    outbox.insert("a", "6")
+    outbox.settle()
+    wait_until(lambda: outbox.status()["delivery"] == delivery, 20, "the change")

@@ -26,6 +26,7 @@ from tests.outbox_relay.scenes import (
     make_outbox,
     private_outbox,
     says,
+    term,
 )
 from tests.proxy import BreakableKafka
 from tests.waiting import wait_until
@@ -43,13 +44,6 @@ def leader_of_the_cursor(outbox: ExactlyOnceOutbox, kafka: BreakableKafka) -> Br
     found = admin.list_topics(outbox.cursor_topic, timeout=20).topics[outbox.cursor_topic]
     leader = found.partitions[0].leader
     return next(broker for broker in kafka.cluster.brokers if broker.node_id == leader)
-
-
-def term(outbox: ExactlyOnceOutbox) -> int:
-    with outbox.owner() as connection:
-        found = connection.execute("SELECT max(leader_epoch) FROM outbox_relay_cursor").fetchone()
-    assert found is not None
-    return int(found[0] or 0)
 
 
 def sessions(outbox: ExactlyOnceOutbox, what: str) -> set[int]:

@@ -9,7 +9,7 @@ from tests.outbox_relay.wrong_readers import BY_ID, BY_TRANSACTION_BELOW_HORIZON
 from tests.waiting import wait_until
 
 KILLS = 6
-ROWS_BETWEEN_KILLS = 3_000
+ROWS_BETWEEN_KILLS = 1_500
 
 
 def wait_until_published(outbox: Outbox, rows: int) -> None:
