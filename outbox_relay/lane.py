@@ -21,6 +21,7 @@ from outbox_relay.exactly_once import TRANSACTION_MAX_CHUNKS, ExactlyOnce
 from outbox_relay.leadership import Term
 from outbox_relay.metrics import Metrics
 from outbox_relay.outages import BrokerReports, Outage
+from outbox_relay.pace import Pace
 from outbox_relay.producer import Channel, PublishError, RecordRefusedError, StoppedError
 from outbox_relay.quarantine import Quarantine
 from outbox_relay.reader import Chunk, Position
@@ -70,6 +71,7 @@ class Lane(threading.Thread):
         self._alone_chunks = 0
         self._last_news_s = self._last_extra_s = time.monotonic()
         self._waits_since_s: float | None = None
+        self._pace = Pace()
         self._connection: psycopg.Connection | None = None
 
     @property
@@ -186,6 +188,9 @@ class Lane(threading.Thread):
             self._last_news_s, self.asleep = time.monotonic(), False
             self._wait_for_the_lease()
             self._send(delivery, quarantine.divert(chunk))
+            if not chunk.more:
+                # Not an event's wait(), which costs half as much again. A stop is seen afterwards.
+                time.sleep(self._pace.rest_s(len(chunk.rows)))
             return chunk.position
         delivery.settle()
         self._waits_since_s = None
