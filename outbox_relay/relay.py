@@ -118,7 +118,7 @@ class Relay:
             leadership.connect(self.settings.database_url, "standby") as connection,
             ExitStack() as ends_with_it,
         ):
-            ends_with_it.callback(self._ask_kafka, wanted=False)
+            ends_with_it.callback(self._ask_no_more)
             with leadership.answering(connection):
                 leadership.examine(connection)
             if not self._wait_for_leadership(connection, outage):
@@ -211,14 +211,15 @@ class Relay:
                 lanes[topic].start()
             lanes[topic].confirm(asked_at_s)
 
-    def _ask_kafka(self, *, wanted: bool) -> Reach | None:
-        """Ask whether Kafka answers while that is `wanted`; return what is known, if anything."""
-        if wanted and self._reach is None:
-            self._reach = Reach(self.settings.kafka_properties())
-        elif not wanted and self._reach is not None:
+    def _ask_kafka(self) -> Reach:
+        """Return what is known of Kafka; it is asked again and again from now on."""
+        self._reach = self._reach or Reach(self.settings.kafka_properties())
+        return self._reach
+
+    def _ask_no_more(self) -> None:
+        if self._reach is not None:
             self._reach.stop()
             self._reach = None
-        return self._reach
 
     def _refuse_to_hold_up(self, connection: psycopg.Connection, lanes: dict[str, Lane]) -> None:
         """Give up leading when it is we who can't reach Kafka, and another relay can.
@@ -227,10 +228,12 @@ class Relay:
             KafkaAwayError: no broker has answered us.
         """
         away_s = max((lane.kafka_away_s for lane in lanes.values()), default=0.0)
-        reach = self._ask_kafka(wanted=away_s >= ASK_KAFKA_AFTER_S)
+        if away_s < ASK_KAFKA_AFTER_S:
+            self._ask_no_more()
+            return
+        reach = self._ask_kafka()
         if (
             away_s >= KAFKA_AWAY_S
-            and reach is not None
             and reach.error is not None
             and leadership.has_fit_standby(connection, self.settings.outbox_relay_name)
         ):
@@ -240,14 +243,19 @@ class Relay:
         """Return True as the leader, False when stopped while standing by."""
         name = self.settings.outbox_relay_name
         standby = leadership.Standby(connection, name)
+        of_kafka = Outage(work="standing by")
         said = False
         while True:
             with leadership.answering(connection):
                 if leadership.try_lock(connection, name):
                     standby.tell(fit=False)
                     break
-                reach = self._ask_kafka(wanted=True)
-                standby.tell(fit=reach is not None and reach.answers)
+                reach = self._ask_kafka()
+                standby.tell(fit=reach.answers)
+            if reach.error is not None:
+                of_kafka.tell(KafkaAwayError(f"no broker has answered: {reach.error}"))
+            elif reach.answers:
+                of_kafka.end_of(KafkaAwayError)
             outage.end_of(psycopg.Error, LostLeadershipError, HangingError)
             self._outages.clear()  # another's now
             if not said:

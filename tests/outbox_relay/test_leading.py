@@ -78,6 +78,7 @@ def test_a_short_stall_of_kafka_does_not_end_the_term_of_a_leader_that_nobody_co
     assert term(outbox) == before
     assert not says(relay, "stopped leading")
     assert says(relay, '"leading"')
+    assert says(standby, "KafkaAwayError")
 
 
 @pytest.mark.parametrize(

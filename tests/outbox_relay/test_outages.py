@@ -11,7 +11,7 @@ from confluent_kafka import Producer
 
 from devstack.kafka import KafkaCluster
 from devstack.postgres import PostgresServer
-from outbox_relay import __main__, exactly_once
+from outbox_relay import __main__, exactly_once, sql
 from tests.conftest import MakeKafkaCluster, MakePostgresServer
 from tests.databases import create_reservation_database
 from tests.outbox_relay.conftest import Outbox, StartRelay
@@ -225,6 +225,26 @@ def test_resume_says_in_one_line_that_kafka_fails_in_its_midst(
     assert capsys.readouterr().err == (
         "outbox-relay: the end of the cursor topic was not reached in time\n"
     )
+
+
+def test_an_empty_outbox_has_nothing_to_prune_and_says_so(outbox: Outbox) -> None:
+    assert "nothing to let go of" in command(outbox, "prune").stdout
+
+
+def test_a_backlog_that_takes_too_long_to_count_is_told_as_far_as_it_was(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox.insert("a", "1")
+    exact = outbox.status()
+    monkeypatch.setattr(
+        sql, "LAG", sql.LAG.replace("WHERE", "WHERE pg_sleep(5) IS NOT NULL AND", 1)
+    )
+    options = sql.SESSION_OPTIONS.replace("statement_timeout=30s", "statement_timeout=500ms")
+    monkeypatch.setattr(sql, "SESSION_OPTIONS", options)
+    bounded = outbox.status()
+    assert (exact["lag_rows"], exact["oldest_id"]) == (1, 1)
+    assert (bounded["lag_rows"], bounded["oldest_id"]) == (1, None)
+    assert bounded["lag_seconds"] >= exact["lag_seconds"]
 
 
 def test_cached_ids_are_refused_because_they_reorder_events(outbox: Outbox) -> None:
