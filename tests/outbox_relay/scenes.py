@@ -31,7 +31,7 @@ CURSOR_TOPIC_CONFIG = {
     "segment.bytes": "1048576",
 }
 HANDOVER_TIMEOUT_S = 20.0
-BACKLOG_ROWS = 50_000
+BACKLOG_ROWS = 20_000
 REQUEST_TIMEOUT_S = 10.0
 # Of a backlog: enough that one is open at nearly every moment for some seconds.
 MANY_TRANSACTIONS = {"OUTBOX_RELAY_CHUNK_MAX_ROWS": "5"}

@@ -4,11 +4,14 @@ import json
 import random
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psycopg
 import pytest
 from confluent_kafka import Producer
 
+from devstack.processes import Process
 from tests.conftest import MakePostgresServer
 from tests.databases import ReservationDatabase
 from tests.outbox_relay.conftest import StartRelay
@@ -273,31 +276,48 @@ def lane_waits_for_a_lock(outbox: ExactlyOnceOutbox) -> bool:
     return found is not None
 
 
+@contextmanager
+def stored_cursor_locked(outbox: ExactlyOnceOutbox) -> Iterator[None]:
+    with psycopg.connect(outbox.database.owner_url) as in_the_way:
+        in_the_way.execute("SELECT FROM outbox_relay_cursor FOR UPDATE")
+        yield
+
+
 @pytest.mark.parametrize("delivery", ["at_least_once", "exactly_once"])
 def test_a_kill_in_the_midst_of_a_change_of_the_delivery_loses_and_repeats_nothing(
     outbox: ExactlyOnceOutbox, start_relay: StartRelay, delivery: str
 ) -> None:
-    before, after = ({"OUTBOX_RELAY_DELIVERY": "exactly_once"}, {"OUTBOX_RELAY_DELIVERY": delivery})
-    if delivery == "exactly_once":
-        before = {"OUTBOX_RELAY_DELIVERY": "at_least_once"}
-    relay = start_relay(outbox, before)
-    for number in range(1, 6):
-        outbox.insert("a", str(number))
-    outbox.wait_for(5)
-    if delivery == "exactly_once":
-        assert relay.stop() == 0
-    else:
-        relay.kill()  # the copy of its cursor in Postgres may be a second old
-    last_term = term(outbox)
-    changing = start_relay(outbox, after)
-    wait_until(lambda: term(outbox) > last_term, 20, "a term")
-    with psycopg.connect(outbox.database.owner_url) as in_the_way:
-        in_the_way.execute("SELECT FROM outbox_relay_cursor FOR UPDATE")
-        wait_until(lambda: lane_waits_for_a_lock(outbox), 20, "the change to be stored")
-        changing.kill()
+    def start(delivery: str) -> Process:
+        return start_relay(outbox, {"OUTBOX_RELAY_DELIVERY": delivery})
+
+    def kill(relay: Process) -> None:
+        relay.kill()
         end_sessions(outbox, f"lane {outbox.topic}")
+
+    relay = start("exactly_once")
+    outbox.insert("a", "1")
+    outbox.wait_for(1)
+    if delivery == "exactly_once":  # and back again
+        relay.stop()
+        relay = start("at_least_once")
+        outbox.insert("a", "2")
+        wait_until(lambda: outbox.status()["lag_rows"] == 0, 20, "the second")
+        assert relay.stop() == 0
+    else:  # with a copy in Postgres that is not the newest
+        with stored_cursor_locked(outbox):
+            outbox.insert("a", "2")
+            outbox.wait_for(2)
+            kill(relay)
+    last_term = term(outbox)
+    relay = start(delivery)
+    wait_until(lambda: term(outbox) > last_term, 20, "a term")
+    with stored_cursor_locked(outbox):
+        wait_until(lambda: lane_waits_for_a_lock(outbox), 20, "the change to be stored")
+        kill(relay)
     assert outbox.status()["delivery"] != delivery
-    start_relay(outbox, after)
-    outbox.insert("a", "6")
-    outbox.settle()
+    relay = start(delivery)
     wait_until(lambda: outbox.status()["delivery"] == delivery, 20, "the change")
+    kill(relay)
+    start(delivery)
+    outbox.insert("a", "3")
+    outbox.settle()
