@@ -16,6 +16,7 @@ from dataclasses import asdict
 from datetime import UTC
 from importlib.metadata import version
 from logging import getLogger
+from pathlib import Path
 from typing import Any
 
 import click
@@ -162,6 +163,33 @@ def _in_words(found: Status) -> str:
         f"lag: {found.lag_rows} rows, {found.lag_seconds:g} s; dead letters: {found.dead_letters}"
     )
     return "\n".join([*lines, *(f"problem: {problem}" for problem in found.problems)])
+
+
+@main.command()
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The file to write; standard output without.",
+)
+def report(*, output: Path | None) -> None:
+    """Write a page about the bookings, with charts, as one HTML file (ANALYST_DATABASE_URL)."""
+    from data_platform import report as pages  # noqa: PLC0415 - the others start sooner without
+
+    with _clear_errors():
+        settings = config.load(config.AnalystSettings)
+        text = pages.page(pages.read(settings.analyst_database_url.get_secret_value()))
+    if output is None:
+        click.echo(text, nl=False)
+        return
+    unfinished = output.parent / f".{output.name}.unfinished"
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(output)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise WrongConfigurationError(
+            f"--output: expected a file that can be written: {error.strerror}"
+        ) from error
 
 
 @main.group("dead-letters")

@@ -92,6 +92,12 @@ class OwnerSettings(_Base):
     analytics_owner_database_url: Annotated[DatabaseUrl, Field(description=POSTGRES_URL)]
 
 
+class AnalystSettings(_Base):
+    """What `report` needs: it reads as analysts do."""
+
+    analyst_database_url: Annotated[DatabaseUrl, Field(description=POSTGRES_URL)]
+
+
 class DatabaseSettings(_Base):
     """What every command needs that reads the loader's tables."""
 
