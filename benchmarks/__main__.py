@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from benchmarks import charts, contenders, debezium, drain, idle, latency, report, writers
+from benchmarks import charts, contenders, debezium, drain, idle, latency, loader, report, writers
 from benchmarks.results import Results
 from benchmarks.surroundings import Surroundings, machine, surroundings
 from devstack.__main__ import INTERRUPTED, ending_well
@@ -19,7 +19,7 @@ from devstack.processes import DevstackError
 from devstack.steps import Steps
 
 RESULTS = Path(__file__).with_name("results")
-SECTIONS = ("drain", "latency", "idle", "writers")
+SECTIONS = ("drain", "latency", "idle", "writers", "loader")
 # Whole figures, even where a narrow terminal breaks the lines.
 TABLE_COLUMNS = 150
 
@@ -32,12 +32,21 @@ class Size:
     latency_s: int
     idle_s: int
     writers_s: int
+    loader_rows: int
 
 
 SIZES = {
-    "quick": Size((10_000, 100_000), latency_s=15, idle_s=10, writers_s=5),
-    "standard": Size((10_000, 100_000, 1_000_000), latency_s=60, idle_s=30, writers_s=15),
-    "full": Size((10_000, 100_000, 1_000_000, 10_000_000), latency_s=60, idle_s=30, writers_s=30),
+    "quick": Size((10_000, 100_000), latency_s=15, idle_s=10, writers_s=5, loader_rows=200_000),
+    "standard": Size(
+        (10_000, 100_000, 1_000_000), latency_s=60, idle_s=30, writers_s=15, loader_rows=1_000_000
+    ),
+    "full": Size(
+        (10_000, 100_000, 1_000_000, 10_000_000),
+        latency_s=60,
+        idle_s=30,
+        writers_s=30,
+        loader_rows=2_000_000,
+    ),
 }
 
 
@@ -53,7 +62,7 @@ SIZES = {
     help="where the result is kept",
 )
 def main(sections: tuple[str, ...], size: str, folder: Path, *, peers: bool) -> None:
-    """Measure the relay beside what else there is; all SECTIONS unless some are named."""
+    """Measure relay and loader beside what else there is; all SECTIONS unless some are named."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{datetime.now(UTC):%Y-%m-%d-%H%M%S}-{size}"
     results = Results(folder / f"{name}.json")
@@ -82,8 +91,10 @@ def _measure(
             latency.measure(around, results, size.latency_s, peers=peers)
         elif section == "idle":
             idle.measure(around, results, size.idle_s)
-        else:
+        elif section == "writers":
             writers.measure(around, results, size.writers_s)
+        else:
+            loader.measure(around, results, size.loader_rows, size.latency_s)
 
 
 def _settings(size: str, *, peers: bool) -> dict[str, object]:

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import loader
 from benchmarks.goals import goals
 from benchmarks.latency import QUANTILES
 from benchmarks.results import Figure, Results, wrong
@@ -29,6 +30,7 @@ def sheets(results: Results) -> list[Sheet]:
     """Return the tables of a run; empty ones are left out."""
     figures = results.figures
     found = [_drain(figures), _latency(figures), _idle(figures), _writers(figures)]
+    found += [_loader(figures), _visible(figures)]
     return [sheet for sheet in [*found, _goals(figures)] if sheet.rows]
 
 
@@ -126,6 +128,37 @@ def _writers(figures: Sequence[Figure]) -> Sheet:
     )
 
 
+def _loader(figures: Sequence[Figure]) -> Sheet:
+    columns = {
+        "events/s": _number("events_per_s"),
+        "µs/event": _number("us_per_event", 2),
+        "CPU µs/event": _number("cpu_us_per_event", 2),
+        "PG CPU µs": _number("postgres_us_per_event", 2),
+        "Kafka CPU µs": _number("kafka_us_per_event", 2),
+        "peak MiB": _number("peak_mib"),
+        "wrong": lambda figure: wrong(figure) or "-",
+    }
+
+    def name(figure: Figure) -> str:
+        return f"{figure.get('rows', 0):,} {figure['contender']}"
+
+    return _sheet(
+        "Loading a topic", "rows, contender", figures, "loader", name=name, columns=columns
+    )
+
+
+def _visible(figures: Sequence[Figure]) -> Sheet:
+    columns = {heading[:-3].replace("p999", "p99.9"): _number(heading, 2) for heading in QUANTILES}
+    return _sheet(
+        "From the booking's commit to the analyst, ms",
+        "rate, contender",
+        figures,
+        "loader latency",
+        name=lambda figure: f"{figure.get('rate', 0):,}/s {figure['contender']}",
+        columns=columns | {"max": _number("max_ms", 2)},
+    )
+
+
 def _goals(figures: Sequence[Figure]) -> Sheet:
     rows = [
         (
@@ -134,7 +167,7 @@ def _goals(figures: Sequence[Figure]) -> Sheet:
             "-" if goal.found is None else f"{goal.found:g} {goal.unit}",
             YES_NO[goal.reached],
         )
-        for goal in goals(figures)
+        for goal in [*goals(figures), *loader.goals(figures)]
     ]
     return Sheet("Must reach", ("what", "wanted", "found", "reached"), rows)
 

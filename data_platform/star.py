@@ -84,7 +84,6 @@ class _NotAsExpectedError(Exception):
 def rows_of(rows: Iterable[Row]) -> Rows:
     """Sort out what a batch's events say."""
     facts: dict[str, str] = {}
-    first_seen: dict[str, tuple[int, int]] = {}
     latest: dict[str, tuple[ReservationEvent, int]] = {}
     begun: set[str] = set()
     concerts: dict[int, ConcertEvent] = {}
@@ -95,11 +94,10 @@ def rows_of(rows: Iterable[Row]) -> Rows:
                 concerts[event.concert.concert_id] = event
             continue
         # Of two records with one event the first in Kafka's order is told as its origin.
-        origin = int(message.partition() or 0), int(message.offset() or 0)
-        if event.id in facts and first_seen[event.id] < origin:
+        partition, offset = int(message.partition() or 0), int(message.offset() or 0)
+        if event.id in facts and _origin(facts[event.id]) < (partition, offset):
             continue
-        first_seen[event.id] = origin
-        facts[event.id] = f"{event.state}\t{event.type}\t{origin[0]}\t{origin[1]}\n"
+        facts[event.id] = f"{event.state}\t{event.type}\t{partition}\t{offset}\n"
         known = latest.get(event.reservation_id)
         if known is None or known[0].version < event.version:
             latest[event.reservation_id] = event, _seats_since(event, known)
@@ -123,6 +121,11 @@ def _texts(facts: Mapping[str, str], latest: Latest, new: AbstractSet[str]) -> T
         "".join(lines[False]),
         len(lines[False]),
     )
+
+
+def _origin(fact: str) -> tuple[int, int]:
+    _, partition, offset = fact.rsplit("\t", 2)
+    return int(partition), int(offset)
 
 
 def _seats_since(event: ReservationEvent, earlier: tuple[ReservationEvent, int] | None) -> int:

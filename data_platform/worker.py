@@ -7,6 +7,7 @@ Guarantees: it ends only when asked to, or by a fault of ours that only a restar
 outage of Postgres or Kafka is said once and waited out, with the group's membership kept.
 """
 
+import gc
 import os
 import signal
 import threading
@@ -33,6 +34,9 @@ LONGEST_WAIT_S = 2.0
 # SIGTERM: the batch in flight may take this long, everything this long (10 s are promised).
 LAST_BATCH_S = 6.0
 LEAVE_WITHIN_S = 9.0
+# A batch is thousands of objects that live until it is loaded: looking at them every 700 new ones,
+# Python's default, costs a tenth of our time.
+COLLECT_AFTER_OBJECTS = 50_000
 
 log = structlog.get_logger()
 
@@ -57,6 +61,7 @@ class Worker:
         """Load until SIGTERM or SIGINT; then finish the batch in hand and leave the group."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+        gc.set_threshold(COLLECT_AFTER_OBJECTS)
         log.info("started", topics=list(self._decoders))
         while not self._stopping.is_set():
             self._turn()

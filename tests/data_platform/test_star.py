@@ -4,6 +4,7 @@ import copy
 import json
 import random
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from data_platform.events import (
     decode_concert_event,
     decode_reservation_event,
 )
-from data_platform.loader import Loader
+from data_platform.loader import Loader, prepare
 from tests.data_platform.concerts import concert_event, record
 from tests.data_platform.conftest import Platform
 from tests.data_platform.histories import (
@@ -36,6 +37,7 @@ from tests.data_platform.histories import (
     history,
 )
 from tests.data_platform.test_events import _storable, json_values, paths
+from tests.data_platform.test_loading import WAITING_LOADER
 from tests.databases import AnalyticsDatabase
 from tests.waiting import wait_until
 
@@ -124,6 +126,40 @@ def test_whatever_comes_first_or_again_the_highest_version_shows(tables: Tables,
     assert tables.rows(FACTS) == expected_facts(events)
     assert tables.rows(STATES) == expected_states(events)
     assert tables.rows(SEATS) == expected_seats(events)
+
+
+def test_a_version_that_comes_after_a_higher_one_changes_no_state(tables: Tables) -> None:
+    first, second, third = (event("r-1", n, "reservation.extended") for n in (1, 2, 3))
+    for one in (first, third, second):
+        tables.load(pairs([one]))
+    assert tables.rows(STATES) == [third.state]
+    assert tables.rows(FACTS) == [first.fact, second.fact, third.fact]
+
+
+def test_of_two_loaders_with_one_reservation_the_later_sees_what_the_other_did(
+    tables: Tables, analytics_database: AnalyticsDatabase
+) -> None:
+    one_seat = [{"seat_id": 1, "section": "A", "row": "1", "number": 1, "price": 5}]
+    first, second, third = (
+        event("r-1", 1),
+        event("r-1", 2, "reservation.extended", seats=one_seat),
+        event("r-1", 3, "reservation.completed"),
+    )
+    tables.load(pairs([first]))
+    with (
+        psycopg.connect(analytics_database.loader_url) as rival,
+        psycopg.connect(analytics_database.loader_url, autocommit=True) as watcher,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        prepare(rival)
+        star.write(rival, star.rows_of(tables.batch(pairs([second])).rows), ask=False)
+        loading = pool.submit(tables.load, pairs([third]))
+        wait_until(lambda: watcher.execute(WAITING_LOADER).fetchone(), 5, "the later to wait")
+        rival.commit()
+        loading.result(10)
+    assert tables.rows(STATES) == [third.state]
+    # The other one had changed the seats after the later one looked.
+    assert tables.rows(SEATS) == expected_seats([third])
 
 
 def test_seats_are_written_once_unless_they_change(tables: Tables) -> None:

@@ -1,0 +1,75 @@
+"""A topic full of events as the service writes them, for all who load it."""
+
+import random
+import time
+from collections import deque
+from dataclasses import dataclass
+from uuid import UUID
+
+from confluent_kafka import Producer
+
+from benchmarks import events
+
+# A reservation is completed so many reservations after it was held: in another batch, as in life.
+HELD_FOR_RESERVATIONS = 20_000
+FIRST_MS = 1_772_000_000_000
+RESERVATIONS_PER_MS = 5
+FLUSH_TIMEOUT_S = 120.0
+SETTINGS = {
+    "compression.type": "lz4",
+    "linger.ms": 20,
+    "partitioner": "murmur2",
+    "queue.buffering.max.messages": 500_000,
+}
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What a topic has, and how large its values are in the mean."""
+
+    events: int
+    value_bytes: float
+
+
+def uuid7(milliseconds: int, dice: random.Random) -> str:
+    """Return an id as the service makes it: ordered by time."""
+    chance = dice.getrandbits(74)
+    return str(
+        UUID(int=milliseconds << 80 | 7 << 76 | chance >> 62 << 64 | 2 << 62 | chance % 2**62)
+    )
+
+
+def fill(bootstrap_servers: str, topic: str, count: int) -> Filled:
+    """Produce `count` events: each reservation held and, later, completed."""
+    dice = random.Random(count)  # noqa: S311 - the same events each time
+    rows = events.templates()
+    pairs = [(held[2], completed[2]) for held, completed in zip(rows[::2], rows[1::2], strict=True)]
+    producer = Producer({**SETTINGS, "bootstrap.servers": bootstrap_servers})
+    held: deque[tuple[str, str]] = deque()
+    produced = size_bytes = reservations = 0
+    while produced < count:
+        if len(held) > HELD_FOR_RESERVATIONS or reservations >= count - count // 2:
+            name, template = held.popleft()
+        else:
+            reservations += 1
+            name = uuid7(FIRST_MS + reservations // RESERVATIONS_PER_MS, dice)
+            template, completed = dice.choice(pairs)
+            held.append((name, completed))
+        value = template.replace(events.TEMPLATE_ID, name).encode()
+        _produce(producer, topic, name.encode(), value)
+        produced, size_bytes = produced + 1, size_bytes + len(value)
+    if producer.flush(FLUSH_TIMEOUT_S):
+        raise TimeoutError(f"{topic} was not filled within {FLUSH_TIMEOUT_S:g} s")
+    return Filled(produced, round(size_bytes / produced, 1))
+
+
+def _produce(producer: Producer, topic: str, key: bytes, value: bytes) -> None:
+    until = time.monotonic() + FLUSH_TIMEOUT_S
+    while time.monotonic() < until:
+        try:
+            producer.produce(topic, value, key)
+        except BufferError:
+            producer.poll(0.1)
+        else:
+            return
+    raise TimeoutError(f"{topic} takes no more records")
