@@ -192,6 +192,17 @@ def report(*, output: Path | None) -> None:
         ) from error
 
 
+@main.command()
+def doctor() -> None:
+    """Examine what the workers stand on; say what is wrong and what to do about it."""
+    from data_platform import doctor as examiner  # noqa: PLC0415 - Alembic comes along
+
+    with _clear_errors():
+        findings = examiner.examine_all(config.load(config.Settings))
+    click.echo(examiner.render(findings))
+    sys.exit(1 if examiner.failed(findings) else 0)
+
+
 @main.group("dead-letters")
 def dead_letters() -> None:
     """Look at records that could not be loaded because of what they contain."""
