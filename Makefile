@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo up stack test check lint format lock wheel bench chaos clean
+.PHONY: help install demo up stack test check lint format lock contracts wheel bench chaos clean
 
 PYTHON ?= python3
 BROKERS ?= 1
@@ -62,6 +62,9 @@ lock: $(INSTALLED) ## compile the lock files again from pyproject.toml
 	@COMPILE="$(BIN)/uv pip compile --quiet --generate-hashes --no-header --universal --python-version 3.11 --no-emit-find-links --upgrade pyproject.toml"; \
 	$$COMPILE --all-extras --group dev -o requirements/dev.txt; \
 	for extra in service relay loader; do $$COMPILE --extra $$extra -c requirements/dev.txt -o requirements/$$extra.txt; done
+
+contracts: $(INSTALLED) ## generate contracts/asyncapi.yaml and contracts/analytics.odcs.yaml again
+	@exec $(RUN) contracts
 
 wheel: $(INSTALLED) ## build the wheel into dist/
 	@$(RUN) pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
