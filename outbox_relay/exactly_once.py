@@ -216,10 +216,17 @@ class ExactlyOnce:
             produce(self._producer, self._channel, chunk.rows, self._failed)
             self._producer.poll(0)
         except KafkaException as error:
-            raise failure(reason(error), chunk.rows) from error
+            raise self._cause(error, transaction) from error
+
+    def _cause(self, error: KafkaException, transaction: _Transaction) -> Exception:
+        """Return what is behind a failure: a refused record makes the producer refuse the next."""
+        assert self._producer is not None, "the session is open"  # noqa: S101
+        self._producer.poll(0)
+        rows = transaction.first_rows if transaction.rows == 1 else ()
+        return failure(self._failure or reason(error), rows)
 
     def _commit(self, transaction: _Transaction) -> None:
-        self._produce_cursor(transaction.cursor)
+        self._produce_cursor(transaction)
         self._complete(transaction)
         self._open, self.cursor, self._copied = None, transaction.cursor, False
         self._told_of_copy = True
@@ -228,10 +235,10 @@ class ExactlyOnce:
         if transaction.rows:
             self._channel.published(transaction.rows, age_s)
 
-    def _produce_cursor(self, cursor: Cursor) -> None:
+    def _produce_cursor(self, transaction: _Transaction) -> None:
         assert self._producer is not None, "the session is open"  # noqa: S101
         value = replace(
-            cursor, offsets=self._offsets, copied_sequence=self._store.saved.sequence
+            transaction.cursor, offsets=self._offsets, copied_sequence=self._store.saved.sequence
         ).to_json()
         while True:
             try:
@@ -246,7 +253,9 @@ class ExactlyOnce:
                 self._producer.poll(FULL_QUEUE_SLICE_S)
                 self._channel.go_on()
             except KafkaException as error:
-                raise trouble(reason(error)) from error
+                cause = self._cause(error, transaction)
+                # What is wrong with the cursor itself is no reason to quarantine events.
+                raise (cause if self._failure else trouble(reason(error))) from error
             else:
                 return
 
@@ -418,7 +427,10 @@ class CursorRecords:
             isolation_level=IsolationLevel.READ_UNCOMMITTED,
             request_timeout=REQUEST_TIMEOUT_S,
         )[self._partition]
-        return int(future.result(ANSWER_WITHIN_S).offset)
+        offset = int(future.result(ANSWER_WITHIN_S).offset)
+        if offset < 0:  # a leader that has only just been elected: no empty topic, no lost cursor
+            raise PublishError("the cursor topic doesn't tell its ends yet")
+        return offset
 
     def _last(self, consumer: Consumer, first: int, end: int, *, to_the_end: bool) -> bytes | None:
         """Return the value of the last committed record of our key in [first, end)."""

@@ -118,6 +118,7 @@ class Lane(threading.Thread):
             self.outage.tell(error)
             # A transaction that outlasts its timeout, chunk after chunk, must get smaller.
             self._chunk_rows = max(1, self._chunk_rows // 2)
+            self._alone_chunks = TRANSACTION_MAX_CHUNKS
             self._metrics.retried(type(error).__name__, self.topic)
             self._stopping.wait(self.outage.backoff_s)
         except RecordRefusedError as error:
