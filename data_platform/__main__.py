@@ -26,6 +26,7 @@ from confluent_kafka import KafkaException
 from data_platform import config, logs
 from data_platform import dead_letters as letters
 from data_platform.consumer import Source
+from data_platform.errors import RivalError
 from data_platform.events import Decoder, decode_concert_event, decode_reservation_event
 from data_platform.health import Health
 from data_platform.loader import Loader
@@ -266,7 +267,10 @@ def replay_dead_letters(
         settings = config.load(config.TopicSettings)
         logs.set_up(settings.log_level)
         url = settings.analytics_database_url.get_secret_value()
-        done = letters.replay(url, scope, _decoders(settings), dry_run=dry_run)
+        try:
+            done = letters.replay(url, scope, _decoders(settings), dry_run=dry_run)
+        except RivalError as error:
+            raise CommandError(f"{error}; run it again") from error
     click.echo(json.dumps(asdict(done)) if as_json else done.in_words(dry_run=dry_run))
     if offset is not None and not done.loaded:
         raise CommandError(f"{topic} {partition} {offset} is not loaded")

@@ -20,6 +20,7 @@ from psycopg.rows import dict_row
 
 from data_platform import sql, sql_dead_letters
 from data_platform.batch import BadRecord, Slice, decode
+from data_platform.errors import RivalError
 from data_platform.events import Decoder
 from data_platform.loader import (
     APPLICATION_NAME,
@@ -35,7 +36,12 @@ CHUNK_LETTERS = 100
 CHUNK_BYTES = 2**22
 # Workers come first: what loses against them is tried again, so often.
 CHUNK_ATTEMPTS = 5
-LOST_AGAINST_ANOTHER = (pg.LockNotAvailable, pg.DeadlockDetected, pg.SerializationFailure)
+LOST_AGAINST_ANOTHER = (
+    RivalError,
+    pg.LockNotAvailable,
+    pg.DeadlockDetected,
+    pg.SerializationFailure,
+)
 
 log = structlog.get_logger()
 
@@ -125,6 +131,7 @@ def replay(
     Raises:
         psycopg.Error: Postgres failed. What was loaded until then stays loaded; a repetition
             does the rest.
+        RivalError: workers were in the way again and again; as above.
     """
     total = Replayed()
     with _connected(url) as connection:
