@@ -112,6 +112,7 @@ def _decoders(settings: config.TopicSettings) -> dict[str, Decoder]:
 
 def _source(settings: config.Settings) -> Source:
     logger = getLogger("librdkafka")
+    new_group = settings.new_group_properties()
     try:
         return Source(
             {**settings.consumer_properties(), "logger": logger},
@@ -119,6 +120,7 @@ def _source(settings: config.Settings) -> Source:
             list(_decoders(settings)),
             batch_rows=settings.data_platform_batch_rows,
             batch_bytes=settings.data_platform_batch_bytes,
+            new_group=new_group and {**new_group, "logger": logger},
         )
     except (KafkaException, ValueError) as error:
         raise config.ConfigurationError(

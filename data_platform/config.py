@@ -29,9 +29,20 @@ GUARANTEED_PROPERTIES: Mapping[str, str] = {
     "isolation.level": "read_committed",
     # Only the end of a partition tells how far transaction markers reach.
     "enable.partition.eof": "true",
-    # Partitions are assigned one by one, each with the offset that Postgres has.
-    "partition.assignment.strategy": "cooperative-sticky",
+}
+# How to share the partitions: assigned one by one, each with the offset that Postgres has.
+CLASSIC_GROUP: Mapping[str, str] = {
     "group.protocol": "classic",
+    "partition.assignment.strategy": "cooperative-sticky",
+}
+# KIP-848: the broker assigns, and nobody waits for the slowest member. How soon it misses a killed
+# worker is its own `group.consumer.session.timeout.ms`.
+NEW_GROUP: Mapping[str, str] = {"group.protocol": "consumer"}
+# Whoever sets one of these wants the classic protocol, which alone knows them.
+CLASSIC_PROPERTIES: Mapping[str, str] = {
+    # A killed worker's partitions move after this time.
+    "session.timeout.ms": "10000",
+    "heartbeat.interval.ms": "2000",
 }
 RESERVED_PROPERTIES: Mapping[str, str] = {
     "bootstrap.servers": "set KAFKA_BOOTSTRAP_SERVERS instead",
@@ -40,9 +51,6 @@ RESERVED_PROPERTIES: Mapping[str, str] = {
 }
 # A properties file may change these.
 CONSUMER_DEFAULTS: Mapping[str, str] = {
-    # A killed worker's partitions move after this time.
-    "session.timeout.ms": "10000",
-    "heartbeat.interval.ms": "2000",
     # Bounds memory: what is fetched ahead of the batch in hand.
     "queued.max.messages.kbytes": "32768",
     "fetch.queue.backoff.ms": "50",
@@ -135,7 +143,18 @@ class Settings(TopicSettings):
     ] = 2**24
 
     def consumer_properties(self) -> dict[str, str]:
-        """Return librdkafka's properties for the consumer, the user's included."""
+        """Return librdkafka's properties for a consumer by the classic group protocol."""
+        return {**CLASSIC_PROPERTIES, **self._reading_properties(), **CLASSIC_GROUP}
+
+    def new_group_properties(self) -> dict[str, str] | None:
+        """Return those for KIP-848; None where the user's are for the classic protocol."""
+        properties = self._reading_properties()
+        if properties.get("group.protocol") == "classic" or CLASSIC_PROPERTIES.keys() & properties:
+            return None
+        properties.pop("partition.assignment.strategy", None)
+        return {**properties, **NEW_GROUP}
+
+    def _reading_properties(self) -> dict[str, str]:
         return {
             **CONSUMER_DEFAULTS,
             **self.client_properties(),
@@ -156,8 +175,9 @@ class Settings(TopicSettings):
             return {}
         properties = _read_properties(self.kafka_properties_file)
         for name, value in properties.items():
-            wanted = GUARANTEED_PROPERTIES.get(name)
-            if wanted is not None and value != wanted:
+            wanted = {**GUARANTEED_PROPERTIES, **CLASSIC_GROUP}.get(name)
+            chosen = name == "group.protocol" and value == NEW_GROUP[name]
+            if wanted is not None and value != wanted and not chosen:
                 raise ConfigurationError(
                     f"KAFKA_PROPERTIES_FILE: {name}={value} is refused, events could be lost or "
                     f"doubled; expected {wanted}"

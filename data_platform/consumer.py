@@ -75,6 +75,8 @@ class Source:
 
     Args:
         consumer: librdkafka properties of the consumer.
+        new_group: those to try first, by KIP-848's group protocol; a broker that doesn't know it
+            makes us join by `consumer`.
         topics: asks Kafka about topics.
         names: the topics to consume.
         batch_rows: a batch has about this many records at most,
@@ -89,10 +91,10 @@ class Source:
         *,
         batch_rows: int,
         batch_bytes: int,
+        new_group: Mapping[str, Any] | None = None,
     ) -> None:
-        self._consumer = Consumer(
-            {**consumer, "error_cb": self._on_client_error, "on_commit": _on_commit}
-        )
+        self._classic = consumer if new_group else None
+        self._consumer = self._new_consumer(new_group or consumer)
         self._topics = topics
         self._names = list(names)
         self._batch_rows = batch_rows
@@ -107,6 +109,9 @@ class Source:
         self._probe: Future[Any] | None = None
         self._probe_at = 0.0
         self.stopped: dict[Partition, str] = {}
+
+    def _new_consumer(self, properties: Mapping[str, Any]) -> Consumer:
+        return Consumer({**properties, "error_cb": self._on_client_error, "on_commit": _on_commit})
 
     # ---- which partitions, and where they begin
 
@@ -255,6 +260,11 @@ class Source:
             if place is not None:
                 place.reached = max(place.reached, offset)
                 place.end = offset
+        elif self._classic is not None and _is_unknown_to_the_broker(error):
+            log.info("classic_group", cause=error.str())
+            self._consumer.close()
+            self._consumer, self._classic = self._new_consumer(self._classic), None
+            self._subscribed = False
         elif error.code() in LOST_PLACE:
             raise PlaceLostError(f"{partition}: {error.str()}")
         else:
@@ -284,7 +294,7 @@ class Source:
         for message in self._consumer.consume(1, wait_s):
             error = message.error()
             if error is not None:
-                self._on_client_error(error)
+                self._take_error(Partition("", -1), error, 0)
         self._ask_whether_back()
 
     # ---- afterwards
@@ -324,6 +334,11 @@ class Source:
         if self._away:
             log.info("kafka_answers_again")
         self._away = False
+
+
+def _is_unknown_to_the_broker(error: KafkaError) -> bool:
+    # There is no way to ask before: librdkafka tells it as a fatal error, in words.
+    return error.code() == KafkaError._FATAL and "not supported" in error.str()  # noqa: SLF001
 
 
 def _on_commit(error: KafkaError | None, _offsets: Sequence[TopicPartition]) -> None:

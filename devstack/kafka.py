@@ -49,6 +49,12 @@ SETTINGS = {
     "group.initial.rebalance.delay.ms": "0",
     # Lets a test notice a dead consumer sooner than after six seconds.
     "group.min.session.timeout.ms": "1000",
+    # The same for groups of KIP-848, where it is the broker's to say: 45 s by default, and a
+    # partition that moves waits for two heartbeats, of 5 s each.
+    "group.consumer.min.session.timeout.ms": "1000",
+    "group.consumer.session.timeout.ms": "10000",
+    "group.consumer.min.heartbeat.interval.ms": "500",
+    "group.consumer.heartbeat.interval.ms": "500",
     # With the defaults a killed leader is missed for 12.7 s.
     "broker.session.timeout.ms": "3000",
     "broker.heartbeat.interval.ms": "500",
