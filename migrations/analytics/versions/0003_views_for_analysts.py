@@ -113,41 +113,63 @@ COMMENT ON COLUMN analytics.daily_bookings.revenue IS
     'Sum of their amounts in minor units of currency.';
 """
 
-# Grouped by the performance's key after the join: a WHERE on any of its columns then reaches the
-# performances first, and few of them are looked up by the index.
+# Grouped by the performance's key after the join: a WHERE on its columns then reaches the
+# performances first, and few of them are looked up by the index. An inner join, because Postgres
+# doesn't share out an outer one among processes; the performances without a booking come after.
 PERFORMANCE_OCCUPANCY = """
 CREATE VIEW analytics.performance_occupancy AS
 SELECT
     performance.performance_id, performance.concert_id, concert.title, concert.venue,
     performance.starts_at, performance.time_zone, performance.status, performance.capacity,
-    count(*) FILTER (WHERE reservation.status = 'confirmed') AS bookings,
-    coalesce(sum(reservation.seat_count) FILTER (WHERE reservation.status = 'confirmed'), 0)
-        AS booked_seats,
-    coalesce(sum(reservation.seat_count) FILTER (
-        WHERE reservation.status = 'held' AND (reservation.expires_at <= now()) IS NOT TRUE
-    ), 0) AS held_seats,
-    round(
-        coalesce(sum(reservation.seat_count) FILTER (WHERE reservation.status = 'confirmed'), 0)
-            ::numeric / performance.capacity,
-        4
-    ) AS occupancy,
+    performance.bookings, performance.booked_seats, performance.held_seats,
+    round(performance.booked_seats::numeric / performance.capacity, 4) AS occupancy,
     CASE
-        WHEN count(*) FILTER (WHERE reservation.status = 'confirmed') = 0 THEN 0
-        WHEN min(reservation.currency) FILTER (WHERE reservation.status = 'confirmed')
-            = max(reservation.currency) FILTER (WHERE reservation.status = 'confirmed')
-        THEN sum(reservation.amount) FILTER (WHERE reservation.status = 'confirmed')
-    END::bigint AS revenue,
+        WHEN performance.bookings = 0 THEN 0
+        WHEN performance.least_currency = performance.greatest_currency THEN performance.amount
+    END AS revenue,
     CASE
-        WHEN count(*) FILTER (WHERE reservation.status = 'confirmed') = 0 THEN concert.currency
-        WHEN min(reservation.currency) FILTER (WHERE reservation.status = 'confirmed')
-            = max(reservation.currency) FILTER (WHERE reservation.status = 'confirmed')
-        THEN min(reservation.currency) FILTER (WHERE reservation.status = 'confirmed')
+        WHEN performance.bookings = 0 THEN concert.currency
+        WHEN performance.least_currency = performance.greatest_currency
+        THEN performance.least_currency
     END AS currency
-FROM analytics.dim_performances AS performance
-LEFT JOIN analytics.dim_concerts AS concert USING (concert_id)
-LEFT JOIN analytics.fct_reservations AS reservation
-    ON reservation.performance_id = performance.performance_id
-GROUP BY performance.performance_id, concert.concert_id;
+FROM (
+    SELECT
+        performance.performance_id, performance.concert_id, performance.starts_at,
+        performance.time_zone, performance.status, performance.capacity,
+        count(*) FILTER (WHERE reservation.status = 'confirmed') AS bookings,
+        coalesce(sum(reservation.seat_count) FILTER (WHERE reservation.status = 'confirmed'), 0)
+            AS booked_seats,
+        coalesce(sum(reservation.seat_count) FILTER (WHERE reservation.status = 'held'), 0)
+            AS held_seats,
+        (sum(reservation.amount) FILTER (WHERE reservation.status = 'confirmed'))::bigint
+            AS amount,
+        min(reservation.currency) FILTER (WHERE reservation.status = 'confirmed')
+            AS least_currency,
+        max(reservation.currency) FILTER (WHERE reservation.status = 'confirmed')
+            AS greatest_currency
+    FROM analytics.dim_performances AS performance
+    JOIN analytics.fct_reservations AS reservation
+        ON reservation.performance_id = performance.performance_id
+        AND (
+            reservation.status = 'confirmed'
+            OR (reservation.status = 'held' AND (reservation.expires_at <= now()) IS NOT TRUE)
+        )
+    GROUP BY performance.performance_id
+    UNION ALL
+    SELECT
+        performance.performance_id, performance.concert_id, performance.starts_at,
+        performance.time_zone, performance.status, performance.capacity, 0, 0, 0, NULL, NULL, NULL
+    FROM analytics.dim_performances AS performance
+    WHERE NOT EXISTS (
+        SELECT FROM analytics.fct_reservations AS reservation
+        WHERE reservation.performance_id = performance.performance_id
+            AND (
+                reservation.status = 'confirmed'
+                OR (reservation.status = 'held' AND (reservation.expires_at <= now()) IS NOT TRUE)
+            )
+    )
+) AS performance
+LEFT JOIN analytics.dim_concerts AS concert USING (concert_id);
 
 COMMENT ON VIEW analytics.performance_occupancy IS
     'How full each performance is now: one row per known performance, also one nobody has '
