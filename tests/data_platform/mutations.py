@@ -83,9 +83,7 @@ class Record(NamedTuple):
 
 
 def records(
-    envelopes: Iterable[Envelope],
-    seed: int,
-    is_catalogue: bool = False,  # noqa: FBT001, FBT002
+    envelopes: Iterable[Envelope], seed: int, *, is_catalogue: bool = False
 ) -> Iterator[Record]:
     """Yield a record an envelope; about one in three as it is, the others mutated once or twice."""
     dice = random.Random(seed)  # noqa: S311 - the same mutants each time
@@ -178,7 +176,8 @@ def _holder(envelope: Envelope, place: Sequence[Any]) -> Any:
 
 def _any_value(dice: random.Random) -> Any:
     kinds: list[list[Any]] = [NUMBERS, TEXTS, TIMES, JUNK]
-    return dice.choice(dice.choice(kinds))
+    # A copy: the next mutation may change it.
+    return copy.deepcopy(dice.choice(dice.choice(kinds)))
 
 
 def _replace(

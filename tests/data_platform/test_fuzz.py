@@ -4,6 +4,7 @@
 """
 
 import base64
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 from confluent_kafka import KafkaError, Message, Producer
 
+from tests.data_platform.concerts import concert_event, record
 from tests.data_platform.conftest import PRODUCE_TIMEOUT_S, Platform
 from tests.data_platform.histories import history
 from tests.data_platform.mutations import Headers, Record, records
@@ -19,6 +21,7 @@ from tests.data_platform.oracle import Judge, moment, unclear
 from tests.data_platform.test_outages import said
 
 EVENTS = int(os.environ.get("FUZZ_EVENTS") or 20_000)
+CONCERTS = EVENTS // 10
 SEED = int(os.environ.get("FUZZ_SEED") or 1)
 LOAD_TIMEOUT_S = 120.0
 LETTERS = """
@@ -103,15 +106,16 @@ def state(row: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*row[:2], *row[4:12], row[3], row[12])
 
 
-def test_whatever_comes_the_good_is_loaded_and_the_bad_is_kept_byte_for_byte(
-    platform: Platform,
-) -> None:
-    judge = Judge("reservation-event.schema.json", "reservation_id")
-    envelopes = [dict(one.envelope) for one in history(EVENTS, SEED)][:EVENTS]
+def load(
+    platform: Platform, topic: str, judge: Judge, mutants: Sequence[Record]
+) -> tuple[list[tuple[Sent, dict[str, Any]]], Counter[str]]:
+    """Let a worker load the mutants; return the good ones, and the bad ones' reasons counted."""
     worker = platform.worker()
-    sent = send(platform, platform.topic, list(records(envelopes, SEED)))
+    sent = send(platform, topic, mutants)
     judged = [(one, judge.good(one.record.key, one.record.value)) for one in sent]
     platform.wait_for_offsets(len(sent), LOAD_TIMEOUT_S)
+    assert worker.alive
+    assert said(worker, "waiting") == said(worker, "batch_refused") == 0
 
     kept = platform.rows(LETTERS)
     put_aside = {row[:2] for row in kept}
@@ -129,22 +133,51 @@ def test_whatever_comes_the_good_is_loaded_and_the_bad_is_kept_byte_for_byte(
     assert not [row for row in kept if row[:2] in wrongly_kept]
     for one, row in zip(bad, kept, strict=True):
         assert row[2:5] == (one.record.key, one.record.value, stored(one.record.headers))
+    # Both halves are worth something, and Postgres never had to refuse what the decoder let pass.
+    assert min(len(bad), len(sent) - len(bad)) > len(sent) / 4
+    good = [(one, envelope) for one, envelope in judged if envelope is not None]
+    return good, Counter(row[5] for row in kept)
+
+
+REASONS = {
+    "schema", "not-json", "not-utf8", "nul", "null-value", "too-deep", "unknown-type",
+    "unknown-schema", "subject", "id", "key",
+}  # fmt: skip
+
+
+def test_whatever_comes_the_good_is_loaded_and_the_bad_is_kept_byte_for_byte(
+    platform: Platform,
+) -> None:
+    judge = Judge("reservation-event.schema.json", "reservation_id")
+    envelopes = [dict(one.envelope) for one in history(EVENTS, SEED)][:EVENTS]
+    good, reasons = load(platform, platform.topic, judge, list(records(envelopes, SEED)))
+    assert set(reasons) == REASONS
 
     facts: dict[tuple[str, int], tuple[Any, ...]] = {}
-    for one, envelope in judged:
-        if envelope is not None:  # of two records with one event the first one counts
-            row = fact(envelope, one.place)
-            facts.setdefault(row[:2], row)
+    for one, envelope in good:  # of two records with one event the first one counts
+        row = fact(envelope, one.place)
+        facts.setdefault(row[:2], row)
     assert platform.rows(FACTS) == sorted(facts.values(), key=lambda row: row[13:])
     latest = {row[0]: row for row in sorted(facts.values(), key=lambda row: row[1])}
     assert platform.states() == [state(latest[name]) for name in sorted(latest)]
 
-    reasons = Counter(row[5] for row in kept)
-    # Both halves are worth something, and Postgres never had to refuse what the decoder let pass.
-    assert min(len(bad), len(facts)) > EVENTS / 4
-    assert set(reasons) == {
-        "schema", "not-json", "not-utf8", "nul", "null-value", "too-deep", "unknown-type",
-        "unknown-schema", "subject", "id", "key",
-    }  # fmt: skip
-    assert worker.alive
-    assert said(worker, "waiting") == said(worker, "batch_refused") == 0
+
+def test_whatever_comes_as_a_concert_the_good_is_loaded_and_the_bad_is_kept(
+    platform: Platform,
+) -> None:
+    judge = Judge("concert-event.schema.json", "concert_id")
+    envelopes = [json.loads(record(concert_event(n))[1] or b"") for n in range(1, CONCERTS + 1)]
+    mutants = list(records(envelopes, SEED, is_catalogue=True))
+    good, reasons = load(platform, platform.catalogue_topic, judge, mutants)
+    assert set(reasons) <= REASONS
+
+    latest: dict[int, int] = {}
+    told: set[tuple[Any, ...]] = set()
+    for _, envelope in good:
+        data = envelope["data"]
+        concert = data["concert_id"]
+        latest[concert] = max(latest.get(concert, 0), data["version"])
+        told.add(tuple(data[name] for name in ("concert_id", "version", "title", "venue")))
+    loaded = platform.rows("SELECT concert_id, version, title, venue FROM analytics.dim_concerts")
+    assert {row[:2] for row in loaded} == set(latest.items())
+    assert set(loaded) <= told
