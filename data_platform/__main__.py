@@ -10,6 +10,7 @@ if sys.argv[1:2] == ["run"]:  # nothing is in hand yet; it sets a handler of its
 
 import base64
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,6 +29,7 @@ from data_platform import dead_letters as letters
 from data_platform.consumer import Source
 from data_platform.errors import RivalError
 from data_platform.events import Decoder, decode_concert_event, decode_reservation_event
+from data_platform.freshness import Watermarks
 from data_platform.health import Health
 from data_platform.loader import Loader
 from data_platform.status import Status, read_status
@@ -96,11 +98,23 @@ def run() -> None:
         if settings.metrics_port:
             _serve(health, settings)
     loader = Loader(settings.analytics_database_url.get_secret_value())
+    _begin_telling_freshness(settings)
     try:
         Worker(source, loader, _decoders(settings), health).run()
     except Exception:
         getLogger("data_platform").critical("ended by a fault of ours", exc_info=True)
         sys.exit(1)
+
+
+def _begin_telling_freshness(settings: config.Settings) -> None:
+    watermarks = Watermarks(
+        settings.analytics_database_url.get_secret_value(),
+        Topics({**settings.client_properties(), "logger": getLogger("librdkafka")}),
+        list(_decoders(settings)),
+    )
+    # It ends with the process: it holds nothing that could be lost.
+    never = threading.Event()
+    threading.Thread(target=watermarks.run, args=(never,), name="freshness", daemon=True).start()
 
 
 def _decoders(settings: config.TopicSettings) -> dict[str, Decoder]:

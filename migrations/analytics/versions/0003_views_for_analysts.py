@@ -303,7 +303,7 @@ COMMENT ON COLUMN analytics.freshness.last_event_at IS
 COMMENT ON COLUMN analytics.freshness.last_load_at IS
     'When something was loaded last; null before the first time.';
 COMMENT ON COLUMN analytics.freshness.lag_seconds IS
-    'How long ago complete_up_to was: a second or two while workers run and keep up, also where '
+    'How long ago complete_up_to was: a few seconds while workers run and keep up, also where '
     'nothing happens. Null while complete_up_to is.';
 COMMENT ON COLUMN analytics.freshness.complete_up_to IS
     'Every event that was in Kafka before this moment is in the tables, apart from '
