@@ -12,9 +12,11 @@ times stay texts, for Postgres reads them faster than Python writes them.
 
 import re
 from collections.abc import Callable, Collection
-from datetime import datetime
+from datetime import UTC, datetime, tzinfo
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Annotated, Any, Final, Literal, TypeVar
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 from msgspec import Meta
@@ -180,6 +182,7 @@ class ReservationEvent(msgspec.Struct, frozen=True, gc=False):
         id: `<reservation id>:<version>`.
         state: its columns as COPY's text, in the order of `sql.STATE_COLUMNS`, without an end.
         raw_seats: the seats as they stand in the record; `plain` says that there is no backslash.
+        occurred_on, created_on: days in the performance's time zone, like 2027-01-31.
     """
 
     id: str
@@ -194,6 +197,8 @@ class ReservationEvent(msgspec.Struct, frozen=True, gc=False):
     currency: str
     raw_seats: bytes
     plain: bool
+    occurred_on: str
+    created_on: str
 
     def seats_digest(self) -> int:
         """Tell these seats from others: 64 bits, the same in every process and version."""
@@ -235,6 +240,10 @@ Decoder = Callable[[bytes | None, bytes | None], Event]
 
 # A concert, or a performance, is told in each of its reservations' events: parsed once.
 KNOWN_PARTS = 4_096
+# Many events happen in a minute, and no zone's day begins within one.
+KNOWN_DAYS = 16_384
+MINUTE_CHARACTERS = len("2027-01-31T18:00")
+DAY_CHARACTERS = len("2027-01-31")
 
 _reservation = msgspec.json.Decoder(ReservationEnvelope)
 _concert = msgspec.json.Decoder(ConcertEnvelope)
@@ -292,6 +301,8 @@ def decode_reservation_event(key: bytes | None, value: bytes | None) -> Reservat
         data.currency,
         raw_seats,
         plain,
+        _day(concert.time_zone, time[:MINUTE_CHARACTERS]),
+        _day(concert.time_zone, created_at[:MINUTE_CHARACTERS]),
     )
 
 
@@ -311,6 +322,25 @@ def decode_concert_event(key: bytes | None, value: bytes | None) -> ConcertEvent
     concert_id = str(concert.concert_id)
     _check_names(envelope, f"{concert_id}:{concert.version}", concert_id, key)
     return ConcertEvent(occurred_at, envelope.time, concert)
+
+
+@lru_cache(KNOWN_DAYS)
+def _day(time_zone: str, minute: str) -> str:
+    """Return the day that a time zone has in a minute of UTC; UTC's own where it is unknown."""
+    zone = _zone(time_zone)
+    try:
+        return f"{datetime.fromisoformat(f'{minute}:00+00:00').astimezone(zone).date()}"
+    except OverflowError:  # at the ends of the calendar
+        return minute[:DAY_CHARACTERS]
+
+
+@lru_cache(KNOWN_PARTS)
+def _zone(name: str) -> tzinfo:
+    # What isn't a name may be a folder, a path that leads elsewhere, or too long for one.
+    try:
+        return ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        return UTC
 
 
 def _text(value: bytes | None) -> bytes:

@@ -20,7 +20,8 @@ CREATE TEMPORARY TABLE incoming_reservations (
     updated_at timestamptz NOT NULL,
     expires_at timestamptz,
     seats_version integer NOT NULL,
-    seats_digest bigint NOT NULL
+    seats_digest bigint NOT NULL,
+    created_on date NOT NULL
 ) ON COMMIT DELETE ROWS
 """
 
@@ -28,21 +29,22 @@ CREATE TEMPORARY TABLE incoming_reservations (
 COPY_EVENTS = """
 COPY analytics.fct_reservation_events (
     reservation_id, version, status, customer_id, concert_id, performance_id, seat_count, amount,
-    currency, created_at, occurred_at, expires_at, event_type, kafka_partition, kafka_offset
+    currency, created_at, occurred_at, expires_at, event_type, occurred_on, kafka_partition,
+    kafka_offset
 ) FROM STDIN
 """
 
 COPY_RESERVATIONS = """
 COPY analytics.fct_reservations (
     reservation_id, version, status, customer_id, concert_id, performance_id, seat_count, amount,
-    currency, created_at, updated_at, expires_at, seats_version, seats_digest
+    currency, created_at, updated_at, expires_at, seats_version, seats_digest, created_on
 ) FROM STDIN
 """
 
 STAGE = """
 COPY pg_temp.incoming_reservations (
     reservation_id, version, status, customer_id, concert_id, performance_id, seat_count, amount,
-    currency, created_at, updated_at, expires_at, seats_version, seats_digest
+    currency, created_at, updated_at, expires_at, seats_version, seats_digest, created_on
 ) FROM STDIN
 """
 
@@ -77,7 +79,8 @@ WITH moved AS (
             WHEN stored.seats_digest = incoming.seats_digest THEN stored.seats_version
             ELSE incoming.seats_version
         END,
-        seats_digest = incoming.seats_digest
+        seats_digest = incoming.seats_digest,
+        created_on = incoming.created_on
     FROM pg_temp.incoming_reservations AS incoming
     WHERE stored.reservation_id = incoming.reservation_id AND stored.version < incoming.version
     RETURNING stored.reservation_id, stored.seats_version = incoming.seats_version AS has_new_seats

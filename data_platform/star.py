@@ -97,7 +97,9 @@ def rows_of(rows: Iterable[Row]) -> Rows:
         partition, offset = int(message.partition() or 0), int(message.offset() or 0)
         if event.id in facts and _origin(facts[event.id]) < (partition, offset):
             continue
-        facts[event.id] = f"{event.state}\t{event.type}\t{partition}\t{offset}\n"
+        facts[event.id] = (
+            f"{event.state}\t{event.type}\t{event.occurred_on}\t{partition}\t{offset}\n"
+        )
         known = latest.get(event.reservation_id)
         if known is None or known[0].version < event.version:
             latest[event.reservation_id] = event, _seats_since(event, known)
@@ -111,7 +113,9 @@ def _texts(facts: Mapping[str, str], latest: Latest, new: AbstractSet[str]) -> T
     seats = []
     for name, (event, since) in sorted(latest.items()):
         is_new = name in new
-        lines[is_new].append(f"{event.state}\t{since}\t{event.seats_digest()}\n")
+        lines[is_new].append(
+            f"{event.state}\t{since}\t{event.seats_digest()}\t{event.created_on}\n"
+        )
         if is_new:
             seats.append(event.seat_lines(since))
     return Texts(

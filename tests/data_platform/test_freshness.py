@@ -16,6 +16,13 @@ PLACES = """
 SELECT complete_up_to, clock_timestamp() FROM analytics.load_offsets
 WHERE topic = %(topic)s ORDER BY kafka_partition
 """
+WITHOUT_THEIR_DAY = """
+SELECT
+    (SELECT count(*) FROM analytics.fct_reservation_events
+     WHERE occurred_on IS DISTINCT FROM (occurred_at AT TIME ZONE 'Europe/Berlin')::date),
+    (SELECT count(*) FROM analytics.fct_reservations
+     WHERE created_on IS DISTINCT FROM (created_at AT TIME ZONE 'Europe/Berlin')::date)
+"""
 CLAIM = """
 INSERT INTO analytics.load_offsets (topic, kafka_partition, next_offset, topic_id)
 SELECT '{topic}', n, 0, '{topic_id}' FROM generate_series(0, 5) AS n
@@ -134,6 +141,7 @@ def test_a_worker_keeps_the_view_fresh_and_its_absence_shows(platform: Platform)
     produced = now(platform)
     wait_until(lambda: complete(produced), 60, "complete up to now")
     assert len(platform.facts()) == len(events)
+    assert platform.rows(WITHOUT_THEIR_DAY) == [(0, 0)]
     idle = now(platform)
     wait_until(lambda: complete(idle), 30, "fresh though nothing happens")
     assert worker.stop() == 0
