@@ -3,7 +3,8 @@
 import json
 import shutil
 import sys
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import click
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from chaos import relay
+from chaos import loader, relay
 from chaos.relay import Outcome
 from devstack.__main__ import ending_well
 from devstack.kafka import KafkaCluster
@@ -22,6 +23,7 @@ from tests.databases import create_reservation_database
 from tests.outbox_relay.scenes import ExactlyOnceOutbox, make_outbox
 
 FULL_EVENTS = 1_000_000
+FULL_LOADER_EVENTS = 500_000
 FULL_DURATION_S = 600
 PARTITIONS = 6
 
@@ -30,9 +32,61 @@ PARTITIONS = 6
 @click.option("--duration-s", type=click.IntRange(10), default=FULL_DURATION_S, show_default=True)
 @click.option("--events", type=click.IntRange(1), help="default: in proportion to a million")
 @click.option("--seed", type=int, default=1, show_default=True)
-def main(duration_s: int, events: int | None, seed: int) -> None:
-    """Two relays and three brokers under random kills and freezes; nothing may be lost."""
-    wanted = events or FULL_EVENTS * duration_s // FULL_DURATION_S
+@click.option("--only", type=click.Choice(["relay", "loader"]), help="default: both in turn")
+def main(duration_s: int, events: int | None, seed: int, only: str | None) -> None:
+    """Relays and brokers, then workers and databases, under random faults; nothing may be lost."""
+    good = True
+    if only != "loader":
+        wanted = events or FULL_EVENTS * duration_s // FULL_DURATION_S
+        good &= relays(seconds=duration_s, events=wanted, seed=seed)
+    if only != "relay":
+        wanted = events or FULL_LOADER_EVENTS * duration_s // FULL_DURATION_S
+        good &= workers(seconds=duration_s, events=wanted, seed=seed)
+    sys.exit(0 if good else 1)
+
+
+def workers(*, seconds: int, events: int, seed: int) -> bool:
+    """Strike three workers and their database; say whether the tables are right."""
+    with ending_well(), ExitStack() as cleanup:
+        steps = cleanup.enter_context(Steps())
+        run = cleanup.enter_context(Run())
+        with steps.step("Postgres and a broker"):
+            server, cluster = new_postgres(run, "analytics"), new_kafka(run, "kafka", 1)
+            for part in (server, cluster):
+                cleanup.callback(part.close)
+            server.start()
+            cluster.start()
+        steps.finish()
+        results = home() / "chaos" / f"loader-{seed}"
+        results.mkdir(parents=True, exist_ok=True)
+        with progress_bar(events) as show:
+            try:
+                outcome = loader.run(
+                    server,
+                    cluster,
+                    run.path,
+                    seconds=seconds,
+                    events=events,
+                    seed=seed,
+                    progress=show,
+                )
+            finally:
+                for log in run.path.glob("worker-*.log"):
+                    shutil.copy(log, results)
+    found = outcome.as_json()
+    table = Table("what", "found", title=f"three workers, seed {seed}, {outcome.seconds:g} s")
+    for name, value in {**found.pop("strikes"), **found}.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int | float) else str(value))
+    console = Console()
+    console.print(table)
+    file = results / "outcome.json"
+    file.write_text(json.dumps(outcome.as_json(), indent=2) + "\n", encoding="utf-8")
+    console.print(f"figures and logs: {results}", highlight=False, soft_wrap=True)
+    return outcome.good
+
+
+def relays(*, seconds: int, events: int, seed: int) -> bool:
+    """Strike two relays and three brokers; say whether every event was published once."""
     with ending_well(), ExitStack() as cleanup:
         steps = cleanup.enter_context(Steps())
         run = cleanup.enter_context(Run())
@@ -47,14 +101,12 @@ def main(duration_s: int, events: int | None, seed: int) -> None:
         results = home() / "chaos" / f"relay-{seed}"
         results.mkdir(parents=True, exist_ok=True)
         try:
-            outcome = watched(
-                outbox, cluster, run.path, seconds=duration_s, events=wanted, seed=seed
-            )
+            outcome = watched(outbox, cluster, run.path, seconds=seconds, events=events, seed=seed)
         finally:
             for log in run.path.glob("relay-*.log"):
                 shutil.copy(log, results)
     report(outcome, results)
-    sys.exit(0 if outcome.good else 1)
+    return outcome.good
 
 
 def watched(
@@ -67,6 +119,15 @@ def watched(
     seed: int,
 ) -> Outcome:
     """Run with a progress bar on standard error."""
+    with progress_bar(events) as show:
+        return relay.run(
+            outbox, cluster, logs, seconds=seconds, events=events, seed=seed, progress=show
+        )
+
+
+@contextmanager
+def progress_bar(events: int) -> Iterator[Callable[[int, int], None]]:
+    """Yield what shows how many events and faults there were."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -80,9 +141,7 @@ def watched(
         def show(written: int, strikes: int) -> None:
             bar.update(task, completed=min(written, events), description=f"{strikes} faults")
 
-        return relay.run(
-            outbox, cluster, logs, seconds=seconds, events=events, seed=seed, progress=show
-        )
+        yield show
 
 
 def report(outcome: Outcome, results: Path) -> None:
