@@ -11,7 +11,18 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from benchmarks import charts, contenders, debezium, drain, idle, latency, loader, report, writers
+from benchmarks import (
+    analysts,
+    charts,
+    contenders,
+    debezium,
+    drain,
+    idle,
+    latency,
+    loader,
+    report,
+    writers,
+)
 from benchmarks.results import Results
 from benchmarks.surroundings import Surroundings, machine, surroundings
 from devstack.__main__ import INTERRUPTED, ending_well
@@ -19,7 +30,7 @@ from devstack.processes import DevstackError
 from devstack.steps import Steps
 
 RESULTS = Path(__file__).with_name("results")
-SECTIONS = ("drain", "latency", "idle", "writers", "loader")
+SECTIONS = ("drain", "latency", "idle", "writers", "loader", "analysts")
 # Whole figures, even where a narrow terminal breaks the lines.
 TABLE_COLUMNS = 150
 
@@ -33,12 +44,25 @@ class Size:
     idle_s: int
     writers_s: int
     loader_rows: int
+    analysts_events: int
 
 
 SIZES = {
-    "quick": Size((10_000, 100_000), latency_s=15, idle_s=10, writers_s=5, loader_rows=200_000),
+    "quick": Size(
+        (10_000, 100_000),
+        latency_s=15,
+        idle_s=10,
+        writers_s=5,
+        loader_rows=200_000,
+        analysts_events=100_000,
+    ),
     "standard": Size(
-        (10_000, 100_000, 1_000_000), latency_s=60, idle_s=30, writers_s=15, loader_rows=1_000_000
+        (10_000, 100_000, 1_000_000),
+        latency_s=60,
+        idle_s=30,
+        writers_s=15,
+        loader_rows=1_000_000,
+        analysts_events=1_000_000,
     ),
     "full": Size(
         (10_000, 100_000, 1_000_000, 10_000_000),
@@ -46,6 +70,7 @@ SIZES = {
         idle_s=30,
         writers_s=30,
         loader_rows=2_000_000,
+        analysts_events=10_000_000,
     ),
 }
 
@@ -93,8 +118,10 @@ def _measure(
             idle.measure(around, results, size.idle_s)
         elif section == "writers":
             writers.measure(around, results, size.writers_s)
-        else:
+        elif section == "loader":
             loader.measure(around, results, size.loader_rows, size.latency_s)
+        else:
+            analysts.measure(around, results, size.analysts_events)
 
 
 def _settings(size: str, *, peers: bool) -> dict[str, object]:

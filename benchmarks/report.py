@@ -30,7 +30,7 @@ def sheets(results: Results) -> list[Sheet]:
     """Return the tables of a run; empty ones are left out."""
     figures = results.figures
     found = [_drain(figures), _latency(figures), _idle(figures), _writers(figures)]
-    found += [_loader(figures), _visible(figures)]
+    found += [_loader(figures), _visible(figures), _analysts(figures), _migration(figures)]
     return [sheet for sheet in [*found, _goals(figures)] if sheet.rows]
 
 
@@ -156,6 +156,43 @@ def _visible(figures: Sequence[Figure]) -> Sheet:
         "loader latency",
         name=lambda figure: f"{figure.get('rate', 0):,}/s {figure['contender']}",
         columns=columns | {"max": _number("max_ms", 2)},
+    )
+
+
+def _analysts(figures: Sequence[Figure]) -> Sheet:
+    asked = [f for f in figures if f["section"] == "analysts" and "limit_ms" in f]
+    return Sheet(
+        "Ten questions of docs/analysts.md",
+        ("question", "events", "median ms", "first ms", "slowest ms", "limit ms", "reached"),
+        [
+            (
+                figure["contender"],
+                f"{figure['rows']:,}",
+                *(f"{figure[name]:,.1f}" for name in ("ms", "first_ms", "slowest_ms")),
+                f"{figure['limit_ms']:,.0f}",
+                YES_NO[figure["ms"] <= figure["limit_ms"]],
+            )
+            if not figure.get("error")
+            else (figure["contender"], f"{figure['rows']:,}", *["-"] * 4, FAILED)
+            for figure in asked
+        ],
+    )
+
+
+def _migration(figures: Sequence[Figure]) -> Sheet:
+    return Sheet(
+        "Migration beside a reader",
+        ("events", "took s", "reader's longest wait ms", "questions of the reader"),
+        [
+            (
+                f"{figure['rows']:,}",
+                f"{figure['s']:,.1f}",
+                f"{figure['reader_longest_ms']:,.1f}",
+                f"{figure['reader_asked']:,}",
+            )
+            for figure in figures
+            if figure["section"] == "analysts" and "reader_asked" in figure
+        ],
     )
 
 
