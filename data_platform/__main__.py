@@ -27,14 +27,18 @@ from confluent_kafka import KafkaException
 from data_platform import config, logs
 from data_platform import dead_letters as letters
 from data_platform.consumer import Source
-from data_platform.errors import RivalError
+from data_platform.errors import KafkaTroubleError, RivalError
 from data_platform.events import Decoder, decode_concert_event, decode_reservation_event
 from data_platform.freshness import Watermarks
 from data_platform.health import Health
 from data_platform.loader import Loader
+from data_platform.rebuild import RebuildRefusedError, Rebuilt
+from data_platform.rebuild import rebuild as make_again
 from data_platform.status import Status, read_status
 from data_platform.topics import Topics
 from data_platform.worker import Worker
+
+SHOWN_DIFFERENCES = 100
 
 
 class CommandError(click.ClickException):
@@ -59,7 +63,7 @@ def _clear_errors() -> Iterator[None]:
         raise WrongConfigurationError(str(error)) from error
     except psycopg.Error as error:
         raise CommandError(f"Postgres: {error}") from error
-    except KafkaException as error:
+    except (KafkaException, KafkaTroubleError) as error:
         raise CommandError(f"Kafka: {error}") from error
 
 
@@ -290,6 +294,45 @@ def replay_dead_letters(
     click.echo(json.dumps(asdict(done)) if as_json else done.in_words(dry_run=dry_run))
     if offset is not None and not done.loaded:
         raise CommandError(f"{topic} {partition} {offset} is not loaded")
+
+
+@main.command()
+@click.option("--dry-run", is_flag=True, help="Only compare; exit 1 where something differs.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object for programs.")
+def rebuild(*, dry_run: bool, as_json: bool) -> None:
+    """Make all tables again from Kafka (ANALYTICS_OWNER_DATABASE_URL), beside the workers.
+
+    What comes out different is put into the old tables' place, in one short transaction.
+    """
+    with _clear_errors():
+        settings = config.load(config.RebuildSettings)
+        logs.set_up(settings.log_level)
+        logger = getLogger("librdkafka")
+        try:
+            done = make_again(
+                settings.analytics_owner_database_url.get_secret_value(),
+                Topics({**settings.client_properties(), "logger": logger}),
+                {**settings.consumer_properties(), "logger": logger},
+                _decoders(settings),
+                dry_run=dry_run,
+            )
+        except RebuildRefusedError as error:
+            raise CommandError(f"nothing has changed: {error}") from error
+    click.echo(json.dumps(asdict(done)) if as_json else _rebuilt_in_words(done, dry_run=dry_run))
+    sys.exit(1 if dry_run and done.differences else 0)
+
+
+def _rebuilt_in_words(done: Rebuilt, *, dry_run: bool) -> str:
+    lines = [found.in_words() for found in done.differences[:SHOWN_DIFFERENCES]]
+    if len(done.differences) > SHOWN_DIFFERENCES:
+        lines.append(f"and {len(done.differences) - SHOWN_DIFFERENCES} more (--json)")
+    changed = ", ".join(done.changed) or "nothing"
+    lines.append(
+        f"{done.events} events and {done.dead_letters} dead letters in {done.seconds:g} s; "
+        f"{'would change' if dry_run else 'changed'}: {changed}; "
+        f"workers waited {done.locked_s:g} s"
+    )
+    return "\n".join(lines)
 
 
 def _one_line(row: dict[str, Any]) -> str:

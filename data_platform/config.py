@@ -189,6 +189,10 @@ class Settings(TopicSettings):
         return properties
 
 
+class RebuildSettings(Settings, OwnerSettings):
+    """What `rebuild` needs."""
+
+
 S = TypeVar("S", bound=_Base)
 
 
