@@ -106,7 +106,7 @@ def decode(slices: Sequence[Slice], decoders: Mapping[str, Decoder]) -> Decoded:
 
 def _newest(part: Slice, rows: Sequence[Row]) -> dict[Place, datetime]:
     place = part.topic, part.partition
-    return {place: max(event.occurred_at for _, event in rows)} if rows else {}
+    return {place: max([event.occurred_at for _, event in rows])} if rows else {}
 
 
 def bad_record(message: Message, reason: str, error: BaseException) -> BadRecord:

@@ -260,7 +260,8 @@ def decode_reservation_event(key: bytes | None, value: bytes | None) -> Reservat
     Raises:
         BadRecordError: the record breaks the contract; with the first breach found.
     """
-    value = _text(value)
+    if value is None or not value.isascii():
+        value = _text(value)
     try:
         envelope = _reservation.decode(value)
         data = envelope.data

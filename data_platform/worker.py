@@ -10,6 +10,7 @@ outage of Postgres or Kafka is said once and waited out, with the group's member
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -37,6 +38,10 @@ LEAVE_WITHIN_S = 9.0
 # A batch is thousands of objects that live until it is loaded: looking at them every 700 new ones,
 # Python's default, costs a tenth of our time.
 COLLECT_AFTER_OBJECTS = 50_000
+# The thread that talks to Postgres wants Python's lock back some thirty times a batch, and the one
+# that decodes gives it up only after this long; at the default of 5 ms a batch waited for most of
+# its time (40,000 events/s became 59,000).
+SWITCH_INTERVAL_S = 0.0002
 
 log = structlog.get_logger()
 
@@ -62,6 +67,7 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         gc.set_threshold(COLLECT_AFTER_OBJECTS)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         log.info("started", topics=list(self._decoders))
         while not self._stopping.is_set():
             self._turn()

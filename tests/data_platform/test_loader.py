@@ -258,7 +258,7 @@ def test_a_batch_is_merged_through_indexes_however_large_the_tables_are(
         connection.execute(sql.CREATE_STAGE)
         connection.execute(
             "INSERT INTO pg_temp.incoming_reservations SELECT 'r' || n, 2, 'held', 'c', 1, 1, 1, 1,"
-            " 'EUR', now(), now(), NULL, 1, n FROM generate_series(1, 5000) n"
+            " 'EUR', now(), now(), NULL, 1, n, now() FROM generate_series(1, 5000) n"
         )
         # A plan made while the table is empty, kept as a prepared statement keeps it.
         connection.execute(b"PREPARE kept AS " + sql.UPDATE_RESERVATIONS.encode())

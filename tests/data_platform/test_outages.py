@@ -21,6 +21,10 @@ from tests.databases import AnalyticsDatabase, create_analytics_database
 from tests.waiting import wait_until
 
 OUTAGE_S = 20.0
+OFFSETS = """
+SELECT topic, kafka_partition, next_offset, topic_id FROM analytics.load_offsets
+ORDER BY topic, kafka_partition
+"""
 
 
 def said(worker: Process, what: str) -> int:
@@ -54,7 +58,8 @@ def test_postgres_away_for_20_s_costs_nothing_but_time(
     platform.wait_for_offsets(len(events))
 
     assert worker.alive
-    assert said(worker, "waiting") == said(worker, "going_on") == 1
+    wait_until(lambda: said(worker, "going_on") == 1, 5, "the worker to say that it goes on")
+    assert said(worker, "waiting") == 1
     assert "partitions_revoked" not in worker.log.read_text()  # its membership was kept
     assert platform.facts() == expected_facts(events)
     assert platform.states() == expected_states(events)
@@ -125,7 +130,8 @@ def test_a_missing_topic_is_waited_for(
     kafka.create_topic(topic, 2)
     platform.produce([event("r-1")])
     platform.wait_for_offsets(1)
-    assert said(worker, "waiting") == said(worker, "going_on") == 1
+    wait_until(lambda: said(worker, "going_on") == 1, 5, "the worker to say that it goes on")
+    assert said(worker, "waiting") == 1
 
 
 def test_a_missing_table_is_waited_out_and_nothing_is_put_aside(platform: Platform) -> None:
@@ -153,7 +159,8 @@ def test_a_load_that_fails_again_and_again_is_one_outage(platform: Platform) -> 
     assert 2 <= said(worker, "partitions_placed") / 2 <= 10
     platform.execute("GRANT INSERT ON analytics.fct_reservation_events TO data_platform")
     wait_until(lambda: platform.status()["lag_rows"] == 0, 30, "the rest to be loaded")
-    assert said(worker, "waiting") == said(worker, "going_on") == 1
+    wait_until(lambda: said(worker, "going_on") == 1, 5, "the worker to say that it goes on")
+    assert said(worker, "waiting") == 1
     assert set(platform.facts()) >= set(expected_facts(more))
 
 
@@ -212,7 +219,7 @@ def test_a_topic_made_anew_stops_its_partitions_loudly_and_loads_nothing(
     platform.produce(history(40, seed=23))
     worker = platform.worker()
     wait_until(lambda: platform.status()["lag_rows"] == 0, 30, "everything to be loaded")
-    before = platform.rows("SELECT * FROM analytics.load_offsets ORDER BY kafka_partition")
+    before = platform.rows(OFFSETS)
     facts = platform.facts()
 
     admin = AdminClient({"bootstrap.servers": platform.bootstrap_servers})
@@ -224,7 +231,7 @@ def test_a_topic_made_anew_stops_its_partitions_loudly_and_loads_nothing(
     wait_until(lambda: said(worker, "partition_stopped") == 6, 40, "the partitions to stop")
 
     assert worker.alive
-    assert platform.rows("SELECT * FROM analytics.load_offsets ORDER BY kafka_partition") == before
+    assert platform.rows(OFFSETS) == before
     assert platform.facts() == facts
     answer = platform.command("status")
     assert answer.returncode == 1
