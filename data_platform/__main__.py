@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC
+from functools import partial
 from importlib.metadata import version
 from logging import getLogger
 from pathlib import Path
@@ -24,7 +25,7 @@ import click
 import psycopg
 from confluent_kafka import KafkaException
 
-from data_platform import config, logs
+from data_platform import config, logs, reconcile_loop
 from data_platform import dead_letters as letters
 from data_platform.consumer import Source
 from data_platform.errors import KafkaTroubleError, RivalError
@@ -34,6 +35,8 @@ from data_platform.health import Health
 from data_platform.loader import Loader
 from data_platform.rebuild import RebuildRefusedError, Rebuilt
 from data_platform.rebuild import rebuild as make_again
+from data_platform.reconcile import NotComparableError, Sources
+from data_platform.reconcile import reconcile as run_reconcile
 from data_platform.status import Status, read_status
 from data_platform.topics import Topics
 from data_platform.worker import Worker
@@ -333,6 +336,54 @@ def _rebuilt_in_words(done: Rebuilt, *, dry_run: bool) -> str:
         f"workers waited {done.locked_s:g} s"
     )
     return "\n".join(lines)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object for programs.")
+@click.option("--without-service", is_flag=True, help="Compare only topic and tables.")
+@click.option("--every", "interval_s", type=click.FloatRange(min=1), help="Again and again.")
+def reconcile(*, as_json: bool, without_service: bool, interval_s: float | None) -> None:
+    """Compare reservations, outbox, topic and tables; name each difference, exit 1 on any.
+
+    Changes nothing. With --every it goes on until SIGTERM, and METRICS_PORT tells the outcome.
+    """
+    with _clear_errors():
+        settings = config.load(config.ReconcileSettings)
+        logs.set_up(settings.log_level)
+        sources = _sources(settings, without_service=without_service)
+        logger = getLogger("librdkafka")
+        compare = partial(
+            run_reconcile,
+            sources,
+            Topics({**settings.client_properties(), "logger": logger}),
+            {**settings.consumer_properties(), "logger": logger},
+            _decoders(settings),
+        )
+        if interval_s is not None:
+            reconcile_loop.run(compare, interval_s, settings.metrics_host, settings.metrics_port)
+            return
+        try:
+            report = compare()
+        except NotComparableError as error:
+            raise CommandError(str(error)) from error
+    click.echo(json.dumps(report.as_json()) if as_json else report.in_words(SHOWN_DIFFERENCES))
+    sys.exit(1 if report.found else 0)
+
+
+def _sources(settings: config.ReconcileSettings, *, without_service: bool) -> Sources:
+    service, outbox = settings.reservation_database_url, settings.outbox_relay_database_url
+    if service is None and not without_service:
+        raise config.ConfigurationError(
+            f"RESERVATION_DATABASE_URL is not set: expected {config.POSTGRES_URL}, "
+            "or --without-service"
+        )
+    return Sources(
+        settings.analytics_database_url.get_secret_value(),
+        service.get_secret_value() if service and not without_service else None,
+        outbox.get_secret_value() if outbox and not without_service else None,
+        settings.data_platform_reservation_topic,
+        settings.data_platform_catalogue_topic,
+    )
 
 
 def _one_line(row: dict[str, Any]) -> str:

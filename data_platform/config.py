@@ -6,7 +6,7 @@ An empty variable is an unset one. Each secret may also be given as a file: `<NA
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
@@ -193,6 +193,13 @@ class RebuildSettings(Settings, OwnerSettings):
     """What `rebuild` needs."""
 
 
+class ReconcileSettings(Settings):
+    """What `reconcile` needs."""
+
+    reservation_database_url: Annotated[DatabaseUrl | None, Field(description=POSTGRES_URL)] = None
+    outbox_relay_database_url: Annotated[DatabaseUrl | None, Field(description=POSTGRES_URL)] = None
+
+
 S = TypeVar("S", bound=_Base)
 
 
@@ -216,7 +223,7 @@ def _secrets_from_files(settings_class: type[_Base]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, field in settings_class.model_fields.items():
         path = os.environ.get(f"{name.upper()}_FILE", "")
-        if field.annotation is not SecretStr or not path:
+        if not path or not _is_secret(field.annotation):
             continue
         if os.environ.get(name.upper()):
             raise ConfigurationError(f"{name.upper()}_FILE: expected only one of it and the other")
@@ -229,6 +236,10 @@ def _secrets_from_files(settings_class: type[_Base]) -> dict[str, Any]:
         if not values[name]:  # libpq would take it for "connect with the defaults"
             raise ConfigurationError(f"{name.upper()}_FILE: the file is empty")
     return values
+
+
+def _is_secret(annotation: Any) -> bool:
+    return annotation is SecretStr or any(map(_is_secret, get_args(annotation)))
 
 
 def _read_properties(path: Path) -> dict[str, str]:
