@@ -4,9 +4,9 @@ Guarantees: a fact is there once, however often its event comes. A reservation's
 seats, a concert and a performance are those of the highest version that ever came, in whatever
 order. A concert or performance that only reservations have told of is there, too, at version 0.
 
-Rows go straight into their tables by COPY, which costs a third of a statement that looks for
-conflicts first (docs/decisions). That takes for granted what nearly always holds: an event comes
-once, version 1 of a reservation before the others. Where Postgres says that it doesn't hold,
+Rows go straight into their tables by COPY, which costs less than half of statements that look for
+conflicts first (docs/decisions/0009). That takes for granted what nearly always holds: an event
+comes once, version 1 of a reservation before the others. Where Postgres says that it doesn't hold,
 everything of the batch is taken back and the tables are asked what they know.
 """
 
