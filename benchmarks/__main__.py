@@ -20,6 +20,7 @@ from benchmarks import (
     idle,
     latency,
     loader,
+    reconcile,
     report,
     writers,
 )
@@ -30,7 +31,7 @@ from devstack.processes import DevstackError
 from devstack.steps import Steps
 
 RESULTS = Path(__file__).with_name("results")
-SECTIONS = ("drain", "latency", "idle", "writers", "loader", "analysts")
+SECTIONS = ("drain", "latency", "idle", "writers", "loader", "analysts", "reconcile")
 # Whole figures, even where a narrow terminal breaks the lines.
 TABLE_COLUMNS = 150
 
@@ -45,6 +46,7 @@ class Size:
     writers_s: int
     loader_rows: int
     analysts_events: int
+    reconcile_events: int
 
 
 SIZES = {
@@ -55,6 +57,7 @@ SIZES = {
         writers_s=5,
         loader_rows=200_000,
         analysts_events=100_000,
+        reconcile_events=100_000,
     ),
     "standard": Size(
         (10_000, 100_000, 1_000_000),
@@ -63,6 +66,7 @@ SIZES = {
         writers_s=15,
         loader_rows=1_000_000,
         analysts_events=1_000_000,
+        reconcile_events=1_000_000,
     ),
     "full": Size(
         (10_000, 100_000, 1_000_000, 10_000_000),
@@ -71,6 +75,7 @@ SIZES = {
         writers_s=30,
         loader_rows=2_000_000,
         analysts_events=10_000_000,
+        reconcile_events=10_000_000,
     ),
 }
 
@@ -120,6 +125,8 @@ def _measure(
             writers.measure(around, results, size.writers_s)
         elif section == "loader":
             loader.measure(around, results, size.loader_rows, size.latency_s)
+        elif section == "reconcile":
+            reconcile.measure(around, results, size.reconcile_events)
         else:
             analysts.measure(around, results, size.analysts_events)
 

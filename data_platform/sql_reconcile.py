@@ -192,6 +192,14 @@ CREATE TEMPORARY TABLE told_events (LIKE analytics.fct_reservation_events INCLUD
 ON COMMIT DELETE ROWS
 """
 
+# A batch is not worth a scan of all facts, whatever is guessed of a table without statistics.
+PLAN_FOR_BATCH = """
+SELECT
+    set_config('enable_hashjoin', 'off', true),
+    set_config('enable_mergejoin', 'off', true),
+    set_config('enable_seqscan', 'off', true)
+"""
+
 # Where a fact isn't, or isn't as its record tells. (A zone that this server doesn't know may have
 # given occurred_on another day: it is not compared.)
 TOLD_AND_STORED = """

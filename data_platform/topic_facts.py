@@ -108,6 +108,7 @@ class TopicFacts:
 
     def _stage(self, rows: Iterable[Row]) -> int:
         """Put what records say beside the facts; return how many events they are."""
+        self._tables.execute(sql.PLAN_FOR_BATCH)
         facts = star.rows_of(rows).facts
         with self._tables.cursor() as cursor, cursor.copy(COPY_TOLD) as copy:
             copy.write("".join(facts.values()))

@@ -292,8 +292,8 @@ def test_without_the_service_facts_and_records_are_compared_in_both_directions(
     copied += " seat_count, amount, currency, created_at, expires_at, kafka_partition"
     for name, offset in (("doubled", "kafka_offset"), ("stray", "kafka_offset + 100")):
         whole.platform.execute(
-            "INSERT INTO analytics.fct_reservation_events"
-            f" (reservation_id, {copied}, kafka_offset) SELECT '{name}', {copied}, {offset}"  # noqa: S608 - ours
+            "INSERT INTO analytics.fct_reservation_events"  # noqa: S608 - ours
+            f" (reservation_id, {copied}, kafka_offset) SELECT '{name}', {copied}, {offset}"
             f" FROM analytics.fct_reservation_events WHERE reservation_id = '{ID}'"
         )
     whole.platform.execute(
