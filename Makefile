@@ -41,8 +41,9 @@ up: $(INSTALLED) ## the same stack, kept up with the booking page on 127.0.0.1:8
 stack: $(INSTALLED) ## databases, Kafka, migrations and topics in the foreground (BROKERS=1 or 3)
 	@DEVSTACK_PARENT=$$PPID exec $(RUN) devstack stack --brokers $(BROKERS)
 
+# Each worker has servers of its own. A file's tests stay together, so that they share them.
 test: $(INSTALLED) ## all tests, on a real Postgres and a real Kafka
-	@exec $(RUN) pytest
+	@exec $(RUN) pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 chaos: $(INSTALLED) ## relays and brokers killed and frozen at random, then an audit (DURATION_S=, SEED=)
 	@DEVSTACK_PARENT=$$PPID exec $(RUN) chaos --duration-s $(DURATION_S) --seed $(SEED)
