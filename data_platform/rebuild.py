@@ -6,12 +6,13 @@ worker is within a load, brings them up to date, compares, and puts those that d
 ones' place, with definitions, rights, comments and views as before. Killed at any moment, nothing
 has changed or all has; what is left behind is removed by the next run. A row that comes out as it
 was keeps its `loaded_at`. Records that are bad stay dead letters; those that are good by now are
-loaded.
+loaded, and their letters deleted.
 """
 
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, LiteralString
@@ -246,6 +247,7 @@ class _Rebuild:
         self._first: dict[Partition, int] = {}
         self._reached: dict[Partition, int] = {}
         self._events = 0
+        self._compared = False
 
     def _do(
         self, statement: str | Composed, parameters: Params | None = None
@@ -258,6 +260,7 @@ class _Rebuild:
     def begin(self) -> None:
         """Make sure that nothing would be lost; remove what an earlier rebuild left behind."""
         prepare(self._connection)
+        self._do(sql_rebuild.CREATE_GOOD_LETTERS)
         self._do(sql_rebuild.SESSION)
         self.clean_up()
         obstacles = [str(row[0]) for row in self._do(sql_rebuild.OBSTACLES)]
@@ -358,8 +361,25 @@ class _Rebuild:
                 f"Postgres refuses {len(refused)} of {len(decoded.rows)} records, at last for: "
                 f"{refused[-1].error}"
             )
-        put_aside(self._connection, [*decoded.bad, *refused])
+        bad = [*decoded.bad, *refused]
+        put_aside(self._connection, bad)
+        self._note_good_letters(slices, {id(record.message) for record in bad})
         self._events += len(decoded.rows) - len(refused)
+
+    def _note_good_letters(self, slices: Sequence[Slice], bad: AbstractSet[int]) -> None:
+        """Remember the letters of records that are good; `bad` has the others' ids in memory.
+
+        Not of what comes after the comparison: nobody would see that a table lacks it.
+        """
+        if self._compared:
+            return
+        for part in slices:
+            place = {"topic": part.topic, "partition": part.partition}
+            span = {"first": part.first_offset, "end": part.next_offset}
+            letters = {row[0] for row in self._do(sql_rebuild.LETTERS_BETWEEN, place | span)}
+            if letters:
+                good = {one.offset() for one in part.messages if id(one) not in bad} & letters
+                self._do(sql_rebuild.ADD_GOOD_LETTERS, place | {"offsets": list(good)})
 
     # ---- comparing
 
@@ -369,6 +389,7 @@ class _Rebuild:
         The workers may be ahead by now: each is looked at again in the end. What they have loaded
         since the tables in the making were filled is not compared, only added.
         """
+        self._compared = True
         for table in self._tables:
             if table.name != LETTERS:
                 rows = self._do(table.fill(sql_rebuild.DIFFERING), [NAMED_DIFFERENCES + 1])
@@ -431,14 +452,8 @@ class _Rebuild:
     def _change_letters(self, *, dry_run: bool) -> list[Difference]:
         """Delete letters that are good by now, add those that are missing."""
         self._do(sql_rebuild.LOCK_LETTERS)
-        places = list(self._reached)
-        read = {
-            "topics": [place.topic for place in places],
-            "partitions": [place.partition for place in places],
-            "ends": list(self._reached.values()),
-        }
         with self._connection.transaction(force_rollback=dry_run):
-            extra = self._do(sql_rebuild.DELETE_LETTERS, read).fetchall()
+            extra = self._do(sql_rebuild.DELETE_LETTERS).fetchall()
             missing = self._do(sql_rebuild.ADD_LETTERS).fetchall()
         return [
             *(Difference("extra", LETTERS, _place(row), found=row[3]) for row in extra),

@@ -241,18 +241,27 @@ MOVE_IN = "ALTER TABLE analytics_rebuild.{table} SET SCHEMA analytics"
 DROP_REPLACED_TABLE = "DROP TABLE analytics_replaced.{table}"
 DROP_REPLACED = "DROP SCHEMA analytics_replaced"
 
-# What is good by now is loaded by the rebuild; what no record says is no dead letter.
+# Letters whose record was read again and is good by now. One whose record the topic no longer has
+# (a compacted one drops what has been replaced) is all that is left of it, and stays.
+CREATE_GOOD_LETTERS = """
+CREATE TEMPORARY TABLE good_letters (
+    topic text, kafka_partition integer, kafka_offset bigint,
+    PRIMARY KEY (topic, kafka_partition, kafka_offset)
+)
+"""
+LETTERS_BETWEEN = """
+SELECT kafka_offset FROM analytics.dead_letters
+WHERE topic = %(topic)s AND kafka_partition = %(partition)s
+    AND kafka_offset >= %(first)s AND kafka_offset < %(end)s
+"""
+ADD_GOOD_LETTERS = """
+INSERT INTO pg_temp.good_letters
+SELECT %(topic)s, %(partition)s, unnest(%(offsets)s::bigint[]) ON CONFLICT DO NOTHING
+"""
 DELETE_LETTERS = """
-DELETE FROM analytics.dead_letters AS stored
-USING unnest(%(topics)s::text[], %(partitions)s::integer[], %(ends)s::bigint[])
-    AS read (topic, kafka_partition, end_offset)
-WHERE stored.topic = read.topic AND stored.kafka_partition = read.kafka_partition
-    AND stored.kafka_offset < end_offset
-    AND NOT EXISTS (
-        SELECT FROM analytics_rebuild.dead_letters AS made
-        WHERE made.topic = stored.topic AND made.kafka_partition = stored.kafka_partition
-            AND made.kafka_offset = stored.kafka_offset
-    )
+DELETE FROM analytics.dead_letters AS stored USING pg_temp.good_letters AS good
+WHERE stored.topic = good.topic AND stored.kafka_partition = good.kafka_partition
+    AND stored.kafka_offset = good.kafka_offset
 RETURNING stored.topic, stored.kafka_partition, stored.kafka_offset, stored.reason
 """
 ADD_LETTERS = """

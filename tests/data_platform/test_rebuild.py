@@ -201,10 +201,13 @@ def test_bad_records_stay_dead_letters_and_those_that_are_good_by_now_are_loaded
     _load(platform, [event("good")], [(b"broken", b"{"), (good.key, good.value)])
     # As if an older worker had not known it.
     platform.execute(
-        "DELETE FROM analytics.fct_reservation_events WHERE reservation_id = 'good-by-now';"
+        "DELETE FROM analytics.fct_reservation_events WHERE reservation_id = 'good-by-now';"  # noqa: S608 - ours
         "DELETE FROM analytics.fct_reservation_seats WHERE reservation_id = 'good-by-now';"
         "DELETE FROM analytics.fct_reservations WHERE reservation_id = 'good-by-now';"
-        "UPDATE analytics.dead_letters SET error = 'as said then', first_seen_at = '2020-1-1'"
+        "UPDATE analytics.dead_letters SET error = 'as said then', first_seen_at = '2020-1-1';"
+        # Whose record the topic no longer has.
+        "INSERT INTO analytics.dead_letters (topic, kafka_partition, kafka_offset, reason, error)"
+        f" VALUES ('{platform.topic}', 0, -1, 'unknown-type', '')"
     )
     letters = platform.rows("SELECT * FROM analytics.dead_letters")
     platform.execute(
