@@ -514,7 +514,7 @@ class _Lag:
                 for number in sorted({*topic.spans, *known}):
                     place = known.get(number, StoredOffset(0, topic.topic_id))
                     if fault := topic.fault(number, place):
-                        to_do = "data-platform rebuild; see `partition_stopped` in operations.md"
+                        to_do = "decide what is lost: see `partition_stopped` in operations.md"
                         found = f"partition {number} can't go on: {fault}"
                         faults.append(Finding("error", name, found, to_do))
                     else:
