@@ -21,6 +21,7 @@ from tests.require import require
 CONNECT_TIMEOUT_S = 5.0
 JOIN_TIMEOUT_S = 10.0
 PIECE_MAX_BYTES = 256 * 1024
+KAFKA_HEADER_BYTES = 6  # four of length, two of the API key
 # A dead producer's transaction is looked for every ten seconds otherwise.
 BREAKABLE = {"transaction.abort.timed.out.transaction.cleanup.interval.ms": "1000"}
 
@@ -167,6 +168,16 @@ class Proxy:
             self._threads = [known for known in self._threads if known.is_alive()]
             self._threads.append(thread)
         thread.start()
+
+
+def kafka_requests(piece: bytes) -> Iterator[int]:
+    """Yield the API key of each request in a piece that begins with one.
+
+    A client may send several at once: whoever looks at the first only misses the others.
+    """
+    while len(piece) >= KAFKA_HEADER_BYTES:
+        yield int.from_bytes(piece[4:KAFKA_HEADER_BYTES])
+        piece = piece[4 + int.from_bytes(piece[:4]) :]
 
 
 @dataclass(frozen=True)

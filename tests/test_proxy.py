@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.proxy import Proxy
+from tests.proxy import Proxy, kafka_requests
 
 QUIET_S = 0.3
 
@@ -94,3 +94,10 @@ def test_it_freezes_at_a_certain_message(proxy: Proxy, *, after: bool) -> None:
             proxy.open()
             client.settimeout(5)
             assert client.recv(1000) == b"now"
+
+
+def test_every_request_of_a_piece_is_seen() -> None:
+    def request(api_key: int) -> bytes:
+        return (8).to_bytes(4) + api_key.to_bytes(2) + bytes(6)
+
+    assert list(kafka_requests(request(3) + request(1))) == [3, 1]

@@ -21,7 +21,7 @@ from devstack.processes import Process
 from tests.databases import ReservationDatabase, create_reservation_database
 from tests.outbox_relay.conftest import Outbox
 from tests.outbox_relay.records import read_topic
-from tests.proxy import BreakableKafka
+from tests.proxy import BreakableKafka, kafka_requests
 from tests.waiting import wait_until
 
 # As `outbox-relay topics` makes it.
@@ -35,7 +35,7 @@ BACKLOG_ROWS = 20_000
 REQUEST_TIMEOUT_S = 10.0
 # Of a backlog: enough that one is open at nearly every moment for some seconds.
 MANY_TRANSACTIONS = {"OUTBOX_RELAY_CHUNK_MAX_ROWS": "5"}
-END_TXN = (26).to_bytes(2)
+END_TXN = 26
 
 _numbers = itertools.count(1)
 
@@ -232,6 +232,6 @@ def freeze_in_a_transaction(
     wait_until(caught, 30, "the relay to be stopped in a transaction")
 
 
-def is_end_of_transaction(request: bytes) -> bool:
-    """Whether these bytes begin with EndTxn: four bytes of length, two of the kind."""
-    return request[4:6] == END_TXN
+def is_end_of_transaction(piece: bytes) -> bool:
+    """Whether an EndTxn is among the requests."""
+    return END_TXN in kafka_requests(piece)

@@ -15,13 +15,15 @@ from outbox_relay import __main__, exactly_once, sql
 from tests.conftest import MakeKafkaCluster, MakePostgresServer
 from tests.databases import create_reservation_database
 from tests.outbox_relay.conftest import Outbox, StartRelay
-from tests.proxy import BreakableKafka
+from tests.proxy import BreakableKafka, kafka_requests
 from tests.waiting import wait_until
 
+FETCH = 1
 
-def is_fetch(request: bytes) -> bool:
-    """Whether these bytes begin with Fetch: four bytes of length, two of the kind."""
-    return request[4:6] == (1).to_bytes(2)
+
+def is_fetch(piece: bytes) -> bool:
+    """Whether a Fetch is among the requests."""
+    return FETCH in kafka_requests(piece)
 
 
 def command(outbox: Outbox, *arguments: str) -> subprocess.CompletedProcess[str]:
