@@ -20,7 +20,7 @@ from psycopg.rows import dict_row
 
 from data_platform import sql, sql_dead_letters
 from data_platform.batch import BadRecord, Slice, decode
-from data_platform.errors import RivalError
+from data_platform.errors import RivalError, told
 from data_platform.events import Decoder
 from data_platform.loader import (
     APPLICATION_NAME,
@@ -201,7 +201,7 @@ def _with_patience(
         try:
             return _replay_chunk(connection, places, decoders, dry_run=dry_run)
         except LOST_AGAINST_ANOTHER as error:  # it has waited for a second or two by now
-            log.info("replay_tries_again", cause=str(error))
+            log.info("replay_tries_again", cause=told(error))
     return _replay_chunk(connection, places, decoders, dry_run=dry_run)
 
 

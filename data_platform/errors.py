@@ -90,3 +90,18 @@ TABLE = (
 def cure_of(error: BaseException) -> Cure:
     """Say what is done about `error`. What the table doesn't know is a fault of ours: END."""
     return next((rule.cure for rule in TABLE if rule.matches(error)), Cure.END)
+
+
+def told(error: BaseException) -> str:
+    """Say what an error is, for a log: without what the record contains.
+
+    Postgres quotes the row it refuses (DETAIL, CONTEXT), and the value in some messages; both
+    belong to the dead letter only.
+    """
+    kind = type(error).__name__
+    if not isinstance(error, psycopg.Error) or error.sqlstate is None:
+        hidden = isinstance(error, psycopg.DataError | UnicodeError)
+        return kind if hidden else f"{kind}: {error}".strip()
+    about = " ".join(filter(None, (error.diag.constraint_name, error.diag.column_name)))
+    primary = "" if error.sqlstate.startswith("22") else f": {error.diag.message_primary}"
+    return f"{kind} {error.sqlstate}{primary}{f' ({about})' if about else ''}"

@@ -23,7 +23,7 @@ from psycopg.types.json import Jsonb
 
 from data_platform import sql, star
 from data_platform.batch import BadRecord, Decoded, Row, Slice, bad_record
-from data_platform.errors import Cure, MostlyRefusedError, PlaceLostError, cure_of
+from data_platform.errors import Cure, MostlyRefusedError, PlaceLostError, cure_of, told
 from data_platform.topics import StoredOffset
 
 APPLICATION_NAME = "data-platform"
@@ -115,7 +115,7 @@ class Loader:
         except Exception as error:
             if not batch.rows or cure_of(error) is not Cure.DEAD_LETTER:
                 raise
-            log.warning("batch_refused", error=str(error), records=len(batch.rows))
+            log.warning("batch_refused", cause=told(error), records=len(batch.rows))
         return self._load_in_pieces(batch)
 
     def _load_whole(self, batch: Decoded, rows: star.Rows) -> Loaded:
@@ -173,7 +173,7 @@ class Loader:
         if len(refusals) > len(sample) / 2:
             raise MostlyRefusedError(
                 f"Postgres refuses {len(refusals)} of {len(sample)} records tried; none of this "
-                f"batch was put aside. The last refusal: {refusals[-1]}"
+                f"batch was put aside. The last refusal: {told(refusals[-1])}"
             )
 
     def _load_sifted(self, batch: Decoded, *, judged: bool) -> Loaded:
@@ -197,7 +197,7 @@ class Loader:
         if seen_refused + len(refused) > (seen + records) / 2:
             raise MostlyRefusedError(
                 f"Postgres refuses more than half of the last {seen + records} records; "
-                f"none of these was put aside. The last refusal: {refused[-1].error}"
+                f"none of these was put aside. The last reason: {refused[-1].reason}"
             )
 
     def _count(self, records: int, refused: int) -> None:

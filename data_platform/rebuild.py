@@ -28,7 +28,7 @@ from data_platform import records, sql, sql_rebuild, star
 from data_platform.batch import BadRecord, Slice, decode
 from data_platform.consumer import Partition
 from data_platform.differences import Difference
-from data_platform.errors import Cure, KafkaTroubleError, cure_of
+from data_platform.errors import Cure, KafkaTroubleError, cure_of, told
 from data_platform.events import Decoder
 from data_platform.loader import (
     APPLICATION_NAME,
@@ -421,7 +421,7 @@ class _Rebuild:
             except IN_THE_WAY as error:
                 if time.monotonic() > until:
                     raise
-                log.info("rebuild_tries_again", cause=str(error))
+                log.info("rebuild_tries_again", cause=told(error))
             self._reached, self._events = reached, events
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, SWAP_PAUSE_LONGEST_S)

@@ -15,7 +15,7 @@ from confluent_kafka import KafkaException
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from data_platform.config import ConfigurationError
-from data_platform.errors import KafkaTroubleError
+from data_platform.errors import KafkaTroubleError, told
 from data_platform.reconcile import NotComparableError, Report
 
 LOGGED_DIFFERENCES = 20
@@ -53,7 +53,7 @@ def run(compare: Callable[[], Report], interval_s: float, host: str, port: int) 
         try:
             report = compare()
         except (NotComparableError, KafkaTroubleError, KafkaException, psycopg.Error) as error:
-            log.warning("reconcile_failed", cause=str(error))
+            log.warning("reconcile_failed", cause=told(error))
             failures.inc()
         else:
             _tell(report)

@@ -21,7 +21,7 @@ import structlog
 
 from data_platform.batch import Decoded, decode
 from data_platform.consumer import Source
-from data_platform.errors import Cure, PlaceLostError, cure_of
+from data_platform.errors import Cure, PlaceLostError, cure_of, told
 from data_platform.events import Decoder
 from data_platform.health import Health
 from data_platform.loader import Loaded, Loader
@@ -133,7 +133,7 @@ class Worker:
             if cure_of(error) is Cure.END:
                 raise
             # Not lost: Postgres knows how far it got, and the next one begins there.
-            log.info("load_failed", cause=f"{type(error).__name__}: {error}".strip())
+            log.info("load_failed", cause=told(error))
 
     def _count(self, loaded: Loaded) -> None:
         self._health.batches.inc()
@@ -145,7 +145,7 @@ class Worker:
 
     def _wait_out(self, error: Exception) -> None:
         """Poll without partitions, so that the group keeps us, for longer each time."""
-        cause = f"{type(error).__name__}: {error}".strip()
+        cause = told(error)
         if self._waiting_for is None:
             log.warning("waiting", cause=cause)
         elif self._waiting_for != type(error).__name__:

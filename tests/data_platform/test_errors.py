@@ -26,6 +26,7 @@ from data_platform.errors import (
     MostlyRefusedError,
     RivalError,
     cure_of,
+    told,
 )
 from data_platform.topics import Topics
 from devstack.kafka import KafkaCluster
@@ -132,6 +133,7 @@ def test_a_fault_of_ours_ends_the_worker() -> None:
 # ---- every row, by a real error
 
 KEYED = "CREATE TABLE t (id integer PRIMARY KEY, n integer NOT NULL)"
+KEYED_BY_NAME = "CREATE TABLE t (name text PRIMARY KEY, n integer NOT NULL)"
 
 
 def _raised(*statements: str) -> Callable[[str], None]:
@@ -144,13 +146,13 @@ def _raised(*statements: str) -> Callable[[str], None]:
 
 
 def _deadlock(url: str) -> None:
-    told: list[BaseException] = []
+    raised: list[BaseException] = []
 
     def lock(session: psycopg.Connection, number: int) -> None:
         try:
             session.execute("SELECT FROM t WHERE id = %s FOR UPDATE", [number])
         except pg.DeadlockDetected as error:  # one of the two is told
-            told.append(error)
+            raised.append(error)
             session.rollback()
 
     with psycopg.connect(url) as first, psycopg.connect(url) as second:
@@ -164,7 +166,7 @@ def _deadlock(url: str) -> None:
         lock(first, 2)
         first.rollback()
         other.join(10)
-    raise told[0]
+    raise raised[0]
 
 
 def _serialization(url: str) -> None:
@@ -266,6 +268,31 @@ def test_a_real_error_has_its_cure(cause: str, analytics_database: AnalyticsData
     act, sqlstate, cure = REAL[cause]
     error = _caught(act, analytics_database.owner_url)
     assert (getattr(error, "sqlstate", None), cure_of(error)) == (sqlstate, cure)
+
+
+SECRET = "customer-4711"
+WITH_A_SECRET = {
+    "a failing row": (KEYED_BY_NAME, "INSERT INTO t VALUES ('customer-4711', NULL)"),
+    "a duplicate": (
+        KEYED_BY_NAME,
+        "INSERT INTO t VALUES ('customer-4711', 1), ('customer-4711', 2)",
+    ),
+    "a value": ("SELECT 'customer-4711'::integer",),
+    "a partition": (
+        "CREATE TABLE t (name text PRIMARY KEY) PARTITION BY LIST (name)",
+        "INSERT INTO t VALUES ('customer-4711')",
+    ),
+}
+
+
+@pytest.mark.parametrize("cause", WITH_A_SECRET)
+def test_a_log_tells_an_error_without_the_record(
+    cause: str, analytics_database: AnalyticsDatabase
+) -> None:
+    error = _caught(_raised(*WITH_A_SECRET[cause]), analytics_database.owner_url)
+    assert SECRET in str(error)
+    assert SECRET not in told(error)
+    assert str(getattr(error, "sqlstate", None)) in told(error)
 
 
 def test_every_row_of_the_table_is_met_by_a_real_error(
