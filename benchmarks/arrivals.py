@@ -95,11 +95,11 @@ class Arrivals:
         self._partitions = [TopicPartition(topic, number) for number in range(partitions)]
         self.begin = self.ends()
 
-    def ends(self) -> Offsets:
-        """Return each partition's end as a `read_committed` consumer sees it."""
+    def ends(self, isolation: IsolationLevel = IsolationLevel.READ_COMMITTED) -> Offsets:
+        """Return each partition's end, as a `read_committed` consumer sees it if not told else."""
         futures = self._admin.list_offsets(
             dict.fromkeys(self._partitions, LATEST),
-            isolation_level=IsolationLevel.READ_COMMITTED,
+            isolation_level=isolation,
             request_timeout=REQUEST_TIMEOUT_S,
         )
         return {
@@ -110,6 +110,19 @@ class Arrivals:
     def arrived(self) -> int:
         """Return how many offsets have come since the beginning."""
         return sum(self.ends().values()) - sum(self.begin.values())
+
+    def await_first(self, timeout_s: float, check_alive: Callable[[], None]) -> None:
+        """Wait for the first record, committed or not: what came before is getting ready.
+
+        Raises:
+            TimeoutError: nothing came.
+        """
+        deadline = time.monotonic() + timeout_s
+        while self.ends(IsolationLevel.READ_UNCOMMITTED) == self.begin:
+            check_alive()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no record after {timeout_s:.0f} s")
+            time.sleep(ASK_AT_MOST_EVERY_S)
 
     def watch(
         self,

@@ -102,9 +102,11 @@ def _drain(around: Surroundings, contender: Contender, backlog: Backlog) -> dict
     groups = around.server_pids()
     timeout_s = TIMEOUT_S + backlog.rows / SLOWEST_EVENTS_PER_S
     with contender.runs(backlog) as process:
+        began_s = time.time()
         groups["contender"] = process.pid
-        began_s, before = time.time(), cost(groups)
         try:
+            arrivals.await_first(TIMEOUT_S, check_alive(process))
+            before = cost(groups)
             end_s, after = arrivals.watch(
                 backlog.rows, timeout_s, check_alive(process), lambda: cost(groups)
             )
@@ -169,7 +171,8 @@ def _contenders(around: Surroundings, *, peers: bool) -> Iterator[list[Contender
 
 
 def _relay_runs(around: Surroundings, delivery: str) -> Runs:
-    return lambda _: around.relay(delivery)
+    # A relay that is waited for has published part of the backlog by then.
+    return lambda _: around.relay(delivery, leading=False)
 
 
 def _connector_runs(connector: Connector) -> Runs:

@@ -85,8 +85,10 @@ class Surroundings:
         return self.stack.program(package, *arguments, name=name, env=env)
 
     @contextmanager
-    def relay(self, delivery: str) -> Iterator[Process]:
-        """Run `outbox-relay run`; it leads when the block begins, and ends with it.
+    def relay(self, delivery: str, *, leading: bool = True) -> Iterator[Process]:
+        """Run `outbox-relay run`, which ends with the block; at its beginning it is `leading`.
+
+        Where it is not to be waited for, it has just been started.
 
         Raises:
             DevstackError: it ended, or did not end well.
@@ -96,7 +98,8 @@ class Surroundings:
         log.unlink(missing_ok=True)
         process = self.program("outbox_relay", "run", name=name, env=environment)
         try:
-            process.wait_ready(says(log, '"leading"'), RELAY_START_TIMEOUT_S)
+            if leading:
+                process.wait_ready(says(log, '"leading"'), RELAY_START_TIMEOUT_S)
             yield process
         finally:
             code = process.stop(RELAY_STOP_TIMEOUT_S)
