@@ -78,6 +78,8 @@ FROM (SELECT payload, key, headers FROM outbox WHERE topic = %s ORDER BY id LIMI
 class _Recorder:
     """Stands where the service has its connection and keeps what it would have inserted."""
 
+    autocommit = False
+
     def __init__(self) -> None:
         self.rows: list[Mapping[str, Any]] = []
 

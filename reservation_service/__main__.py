@@ -12,6 +12,9 @@ if sys.argv[1:2] in (["serve"], ["expire-holds"]):  # nothing is in hand yet; la
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 import threading
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import psycopg
@@ -19,9 +22,20 @@ import structlog
 
 from reservation_service import config, logs
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from reservation_service.database import Connection
+
 log = structlog.get_logger(__name__)
 
 DAY_S = 86_400
+
+
+class WrongFile(click.ClickException):
+    """What was given can't be used: exit code 2."""
+
+    exit_code = 2
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -89,13 +103,81 @@ def token(settings: config.Settings, customer_id: str, ttl_hours: int) -> None:
         raise click.BadParameter(str(error), param_hint="CUSTOMER_ID") from None
 
 
+@commands.command("import-concert")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--check", is_flag=True, help="Only say what is wrong with the file.")
+@click.pass_obj
+def import_concert(settings: config.Settings, file: Path, *, check: bool) -> None:
+    """Publish the concert in FILE (JSON or CSV), unless it is published already."""
+    from reservation_service import concert_import  # noqa: PLC0415
+
+    try:
+        concert = concert_import.read(file)
+    except concert_import.FileError as error:
+        raise WrongFile(str(error)) from None
+    if check:
+        click.echo(concert_import.summary(concert))
+        return
+    with _admin_of(settings, "import-concert") as connection:
+        try:
+            done = concert_import.publish_once(connection, concert, settings.traceparent)
+        except concert_import.AlreadyThereError as error:
+            raise click.ClickException(f"{file.name}: {error}; nothing was changed") from None
+    said = "is there already; nothing was changed" if done.known else "published"
+    click.echo(f"concert {done.concert_id} {said}: {concert_import.summary(concert)}")
+
+
+@commands.command("block-seats")
+@click.argument("performance_id", type=click.IntRange(min=1))
+@click.argument("seat_ids", type=click.IntRange(min=1), nargs=-1, required=True)
+@click.option("--release", is_flag=True, help="Give them back to the sale instead.")
+@click.pass_obj
+def block_seats(
+    settings: config.Settings, performance_id: int, seat_ids: tuple[int, ...], *, release: bool
+) -> None:
+    """Take seats from the sale, all or none."""
+    from reservation_service import catalogue_changes  # noqa: PLC0415
+
+    change = catalogue_changes.release if release else catalogue_changes.block
+    with _admin_of(settings, "block-seats") as connection:
+        done = change(connection, performance_id, seat_ids, settings.traceparent)
+    click.echo(f"{len(done.changed_seats)} seats {'released' if release else 'blocked'}")
+
+
+@commands.command("cancel-performance")
+@click.argument("performance_id", type=click.IntRange(min=1))
+@click.pass_obj
+def cancel_performance(settings: config.Settings, performance_id: int) -> None:
+    """Cancel a performance with all its reservations; run it again if it was interrupted."""
+    from reservation_service import cancellation  # noqa: PLC0415
+
+    with _admin_of(settings, "cancel-performance") as connection:
+        done = cancellation.cancel(connection, performance_id, settings.traceparent)
+    click.echo(f"performance {performance_id} is cancelled; {done.cancelled} reservations with it")
+
+
+@contextmanager
+def _admin_of(settings: config.Settings, command: str) -> "Iterator[Connection]":
+    """Connect, and tell a refusal in one line."""
+    from reservation_service.database import connect  # noqa: PLC0415
+    from reservation_service.problems import Problem  # noqa: PLC0415
+
+    url = settings.required("database_url")
+    try:
+        with connect(url, f"reservation-service {command}") as connection:
+            yield connection
+    except Problem as problem:
+        seats = ", ".join(map(str, problem.members.get("unavailable_seats", ())))
+        raise click.ClickException(f"{problem}{f' Seats: {seats}' if seats else ''}") from None
+
+
 @commands.command("expire-holds")
 @click.option(
     "--every", type=click.FloatRange(0.01, DAY_S), metavar="SECONDS", help="Go on until SIGTERM."
 )
 @click.pass_obj
 def expire_holds(settings: config.Settings, every: float | None) -> None:
-    """Write down the expiry of lapsed holds and forget old idempotency keys."""
+    """Write down what ran out, finish cancellations, forget old idempotency keys."""
     from reservation_service import expiry  # noqa: PLC0415
     from reservation_service.database import connect  # noqa: PLC0415
 

@@ -20,6 +20,7 @@ from reservation_service import (
     booking,
     callers,
     catalogue,
+    catalogue_changes,
     events,
     idempotency,
     metrics,
@@ -31,6 +32,7 @@ from reservation_service.callers import Secrets
 from reservation_service.config import Settings
 from reservation_service.database import Connection
 from reservation_service.idempotency import Answer, Key
+from reservation_service.new_concert import NewConcert
 from reservation_service.problems import Problem
 
 BODY_MAX_BYTES = 65_536
@@ -144,7 +146,7 @@ def list_concerts() -> Response:
 def read_concert(concert_id: int) -> Response:
     """Show one concert."""
     with service().pool.connection() as connection:
-        return _json(catalogue.read_concert(connection, concert_id))
+        return json_answer(catalogue.read_concert(connection, concert_id))
 
 
 @blueprint.post("/concerts")
@@ -152,24 +154,24 @@ def publish_concert() -> Response:
     """Publish a concert with its performances and seats (admin)."""
     request.max_content_length = CONCERT_BODY_MAX_BYTES
     callers.require_admin(request, session.get("guest_id"), service().secrets)
-    concert = _body(catalogue.NewConcert)
+    concert = body_of(NewConcert)
     key = _idempotency_key("admin", "publish-concert", concert)
     with service().pool.connection() as connection:
-        return _created(catalogue.publish(connection, concert, key, _traceparent()))
+        return _created(catalogue_changes.publish(connection, concert, key, traceparent()))
 
 
 @blueprint.get(f"/performances/<int(max={ID_MAX}):performance_id>/seats")
 def read_seats(performance_id: int) -> Response:
     """Show all seats of a performance."""
     with service().pool.connection() as connection:
-        return _json(catalogue.read_seats(connection, performance_id))
+        return json_answer(catalogue.read_seats(connection, performance_id))
 
 
 @blueprint.post("/reservations")
 def reserve() -> Response:
     """Hold seats, or book them in one step."""
     customer_id = _customer()
-    body = _body(NewReservation)
+    body = body_of(NewReservation)
     most = service().max_seats_per_request
     if len(body.seat_ids) > most:
         raise problems.invalid(
@@ -181,7 +183,7 @@ def reserve() -> Response:
         counted("book" if body.confirm else "hold"),
         service().writing(customer_id) as connection,
     ):
-        answer = booking.book(connection, order, service().terms, key, _traceparent())
+        answer = booking.book(connection, order, service().terms, key, traceparent())
     return _created(answer)
 
 
@@ -203,7 +205,7 @@ def read_reservation(reservation_id: str) -> Response:
     customer_id = _customer()
     wanted = reservation_uuid(reservation_id)
     with service().pool.connection() as connection:
-        return _json(booking.answer_of(booking.find(connection, wanted, customer_id)))
+        return json_answer(booking.answer_of(booking.find(connection, wanted, customer_id)))
 
 
 @blueprint.post("/reservations/<reservation_id>/confirm")
@@ -241,19 +243,26 @@ def _change(
     customer_id = _customer()
     wanted = reservation_uuid(reservation_id)
     with counted(action), service().writing(customer_id) as connection:
-        changed = change(connection, wanted, customer_id, _traceparent())
-    return _json(booking.answer_of(changed))
+        changed = change(connection, wanted, customer_id, traceparent())
+    return json_answer(booking.answer_of(changed))
 
 
 def _customer() -> str:
     return callers.require_customer(request, session.get("guest_id"), service().secrets)
 
 
-def _traceparent() -> str | None:
-    return events.valid_traceparent(request.headers.get("traceparent"))
+def traceparent() -> str | None:
+    """Return what the request says of its trace, as it came."""
+    return request.headers.get("traceparent")
 
 
-def _body(model: type[Model]) -> Model:
+def body_of(model: type[Model]) -> Model:
+    """Read the request's body.
+
+    Raises:
+        Problem: 400 it is no JSON, 422 it is against the model.
+        RequestEntityTooLarge: 413.
+    """
     data = request.get_data(cache=False)
     # A chunked body is cut at the limit without a word.
     if request.content_length is None and len(data) >= (request.max_content_length or 0):
@@ -305,7 +314,7 @@ def _concert_id(text: str) -> int:
 def _list(page: Page, found: list[Value], id_of: Callable[[Value], str]) -> Response:
     items, more = found[: page.limit], found[page.limit :]
     cursor = base64.urlsafe_b64encode(id_of(items[-1]).encode()).decode() if more else None
-    return _json({"items": items, "next_cursor": cursor})
+    return json_answer({"items": items, "next_cursor": cursor})
 
 
 def _created(answer: Answer) -> Response:
@@ -316,5 +325,6 @@ def _created(answer: Answer) -> Response:
     return response
 
 
-def _json(value: Any) -> Response:
+def json_answer(value: Any) -> Response:
+    """Answer 200 with this as JSON."""
     return Response(msgspec.json.encode(value), mimetype="application/json")

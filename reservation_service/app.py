@@ -12,7 +12,7 @@ from flask.sessions import SecureCookieSessionInterface
 from psycopg_pool import ConnectionPool
 from werkzeug.exceptions import HTTPException
 
-from reservation_service import api, metrics, pages, problems, sql
+from reservation_service import admin_api, api, metrics, pages, problems, sql
 from reservation_service.api import Service
 from reservation_service.config import Settings
 from reservation_service.database import Connection
@@ -67,6 +67,7 @@ def create_app(
     app.jinja_env.filters["money"] = pages.money
     app.jinja_env.filters["local_time"] = pages.local_time
     app.register_blueprint(api.blueprint)
+    app.register_blueprint(admin_api.blueprint)
     app.register_blueprint(pages.blueprint)
     _add_health(app, pool, outdated_schemas, metrics_directory)
     _add_observation(app)

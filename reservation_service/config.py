@@ -45,6 +45,8 @@ class Settings(BaseSettings):
     max_seats_per_request: int = Field(10, alias="RESERVATION_MAX_SEATS_PER_REQUEST", ge=1, le=500)
     max_seats_per_customer: int = Field(0, alias="RESERVATION_MAX_SEATS_PER_CUSTOMER", ge=0)
     writes_per_minute: int = Field(0, alias="RESERVATION_WRITES_PER_MINUTE", ge=0)
+    # As OpenTelemetry hands a trace on to a program; an invalid one is not passed on.
+    traceparent: str | None = Field(None, alias="TRACEPARENT")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", alias="LOG_LEVEL")
 
     @field_validator("log_level", mode="before")

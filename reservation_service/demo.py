@@ -4,9 +4,9 @@ from datetime import UTC, datetime, timedelta
 
 import structlog
 
-from reservation_service import catalogue, sql
-from reservation_service.catalogue import NewConcert, NewPerformance, NewRow, NewSection
+from reservation_service import catalogue_changes, sql
 from reservation_service.database import Connection
+from reservation_service.new_concert import NewConcert, NewPerformance, NewRow, NewSection
 
 WANTED_AVAILABLE_SEATS = 200
 
@@ -27,7 +27,7 @@ def seed(connection: Connection) -> int:
             return 0
         concerts = demo_concerts(datetime.now(UTC))
         for concert in concerts:
-            catalogue.publish(connection, concert)
+            catalogue_changes.publish(connection, concert)
     return len(concerts)
 
 

@@ -3,7 +3,6 @@
 `data` is the whole state after the change, so a consumer needs no call back.
 """
 
-import re
 from datetime import datetime
 from typing import Literal
 
@@ -15,9 +14,6 @@ from reservation_service.database import Connection
 SOURCE = "/reservation-service"
 RESERVATION_TOPIC = "concert-reservation"
 CONCERT_TOPIC = "concert-catalogue"
-TRACEPARENT = re.compile(
-    r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
-)
 
 Status = Literal["held", "confirmed", "cancelled", "expired"]
 TYPES: dict[Status, str] = {
@@ -26,6 +22,7 @@ TYPES: dict[Status, str] = {
     "cancelled": "reservation.cancelled",
     "expired": "reservation.expired",
 }
+ConcertEventType = Literal["concert.published", "concert.changed"]
 
 
 class Seat(msgspec.Struct, frozen=True):
@@ -71,12 +68,13 @@ class Reservation(msgspec.Struct, frozen=True):
 
 
 class Section(msgspec.Struct, frozen=True):
-    """A section of a hall with its range of prices in minor units."""
+    """A section of a hall with its range of prices in minor units; `blocked` seats of it."""
 
     section: str
     capacity: int
     price_min: int
     price_max: int
+    blocked: int = 0
 
 
 class Performance(msgspec.Struct, frozen=True):
@@ -135,7 +133,7 @@ def write_reservation(
 def write_concert(
     connection: Connection,
     concert: Concert,
-    kind: Literal["concert.published", "concert.changed"],
+    kind: ConcertEventType,
     happened_at: datetime,
     traceparent: str | None,
 ) -> None:
@@ -150,20 +148,6 @@ def write_concert(
         data=concert,
         traceparent=traceparent,
     )
-
-
-def valid_traceparent(header: str | None) -> str | None:
-    """Return a W3C trace context that may be passed on, or None.
-
-    A version newer than 00 may carry more after its four fields.
-    """
-    if header is None or len(header) > 255:
-        return None
-    match = TRACEPARENT.match(header)
-    if not match:
-        return None
-    rest = header[match.end() :]
-    return header if rest == "" or (rest[0] == "-" and not header.startswith("00")) else None
 
 
 def _write(
@@ -187,11 +171,13 @@ def _write(
         datacontenttype="application/json",
         dataschema=schema,
         data=data,
-        traceparent=traceparent,
+        traceparent=outbox.valid_traceparent(traceparent),
     )
-    headers = {"content-type": "application/cloudevents+json"}
-    if traceparent:
-        headers["traceparent"] = traceparent
     outbox.write(
-        connection, topic=topic, key=subject, payload=msgspec.json.encode(event), headers=headers
+        connection,
+        topic=topic,
+        key=subject,
+        payload=msgspec.json.encode(event),
+        headers={"content-type": "application/cloudevents+json"},
+        traceparent=traceparent,
     )

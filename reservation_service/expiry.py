@@ -1,8 +1,8 @@
-"""The sweeper: writes down the expiry of holds that ran out, and forgets old idempotency keys.
+"""The sweeper: expires holds, finishes cancellations, forgets old keys and counts of writes.
 
 Nothing correct depends on it: a hold that ran out counts as expired everywhere by the clock. It
-brings the event `reservation.expired` and tidies up. Several may run at once: each takes other
-rows. The event's time is the moment at which the hold ran out.
+brings the event `reservation.expired`, whose time is the moment at which the hold ran out, goes on
+where the cancellation of a performance was interrupted, and tidies up. Several may run at once.
 """
 
 import threading
@@ -12,7 +12,7 @@ from uuid import UUID
 import psycopg
 import structlog
 
-from reservation_service import booking, sql
+from reservation_service import booking, cancellation, sql
 from reservation_service.database import Connection, connect, transaction
 
 BATCH_ROWS = 100
@@ -48,6 +48,14 @@ def forget_counts_batch(connection: Connection, limit: int = KEYS_BATCH_ROWS) ->
     return connection.execute(sql.DELETE_OLD_WRITE_COUNTS, {"limit": limit}).rowcount
 
 
+def finish_cancellations(connection: Connection, stop: threading.Event) -> int:
+    """Cancel what is left of cancelled performances; return how many reservations."""
+    cancelled = 0
+    for (performance_id,) in connection.execute(sql.LIST_CANCELLING).fetchall():
+        cancelled += cancellation.settle(connection, performance_id, stop=stop.is_set).cancelled
+    return cancelled
+
+
 def sweep(connection: Connection, stop: threading.Event) -> tuple[int, int]:
     """Work until nothing is left or `stop` is set; return expired holds and deleted keys."""
     expired = forgotten = 0
@@ -58,8 +66,9 @@ def sweep(connection: Connection, stop: threading.Event) -> tuple[int, int]:
         expired, forgotten = expired + holds, forgotten + keys
         if holds < BATCH_ROWS and max(keys, counts) < KEYS_BATCH_ROWS:
             break
-    if expired or forgotten:
-        log.info("swept", expired_holds=expired, forgotten_keys=forgotten)
+    cancelled = finish_cancellations(connection, stop)
+    if expired or cancelled or forgotten:
+        log.info("swept", expired_holds=expired, cancelled=cancelled, forgotten_keys=forgotten)
     return expired, forgotten
 
 

@@ -58,12 +58,15 @@ def not_found(what: str) -> Problem:
     return Problem(404, "not-found", f"There is no such {what}.")
 
 
-def seats_unavailable(seat_ids: Iterable[int]) -> Problem:
+def seats_unavailable(
+    seat_ids: Iterable[int],
+    detail: str = "Some of these seats are no longer available; nothing was reserved.",
+) -> Problem:
     """Somebody else has these seats, or they aren't for sale in this performance."""
     return Problem(
         409,
         "seats-unavailable",
-        "Some of these seats are no longer available; nothing was reserved.",
+        detail,
         members={"unavailable_seats": sorted(seat_ids)},
     )
 
@@ -88,6 +91,11 @@ def invalid(errors: list[dict[str, str]]) -> Problem:
     return Problem(
         422, "invalid-body", "The body does not match the schema.", members={"errors": errors}
     )
+
+
+def event_too_large(detail: str) -> Problem:
+    """The concert's event is larger than its topic takes, so nobody could be told of it."""
+    return Problem(422, "event-too-large", detail, members={"errors": []})
 
 
 def malformed(detail: str) -> Problem:

@@ -1,8 +1,8 @@
 """Every statement of the reservation service. A test prepares each against the real schema.
 
 Locks are always taken in this order, so no mix of calls can deadlock: idempotency key, advisory
-lock of a customer, reservation rows, then seats by ascending seat_id in one statement. A booking
-locks no reservation but its own new one.
+lock of a customer, concert, reservation rows by ascending reservation_id, then seats by ascending
+seat_id in one statement. A booking locks no concert, and no reservation but its own new one.
 
 Time is Postgres' alone, and a decision reads it with clock_timestamp() in a statement after the
 one that waited for the locks: now() is the transaction's start and may lie before that wait.
@@ -13,8 +13,8 @@ SCHEMA_REVISION = "SELECT version_num FROM alembic_version"
 # ---- catalogue
 
 INSERT_CONCERT = """
-INSERT INTO concerts (title, venue, time_zone, currency)
-VALUES (%(title)s, %(venue)s, %(time_zone)s, %(currency)s)
+INSERT INTO concerts (title, venue, time_zone, currency, fingerprint)
+VALUES (%(title)s, %(venue)s, %(time_zone)s, %(currency)s, %(fingerprint)s)
 RETURNING concert_id
 """
 
@@ -26,12 +26,12 @@ RETURNING performance_id
 
 INSERT_SEATS = """
 INSERT INTO seats (performance_id, section, "row", number, price)
-SELECT rows.performance_id, rows.section, rows."row", number, rows.price
+SELECT %(performance_id)s, rows.section, rows."row", number, rows.price
 FROM unnest(
-    %(performance_ids)s::bigint[], %(sections)s::text[], %(rows)s::text[],
-    %(counts)s::integer[], %(prices)s::bigint[]
-) WITH ORDINALITY AS rows (performance_id, section, "row", count, price, position)
-CROSS JOIN generate_series(1, rows.count) AS number
+    %(sections)s::text[], %(rows)s::text[], %(firsts)s::integer[], %(counts)s::integer[],
+    %(prices)s::bigint[]
+) WITH ORDINALITY AS rows (section, "row", first, count, price, position)
+CROSS JOIN generate_series(rows.first, rows.first + rows.count - 1) AS number
 ORDER BY rows.position, number
 """
 
@@ -57,12 +57,13 @@ SELECT c.concert_id, c.version, c.title, c.venue, c.time_zone, c.currency, clock
         'sales_open_at', p.sales_open_at, 'sales_close_at', p.sales_close_at,
         'status', p.status, 'capacity', p.capacity, 'sections', (
             SELECT json_agg(json_build_object(
-                'section', s.section, 'capacity', s.capacity,
+                'section', s.section, 'capacity', s.capacity, 'blocked', s.blocked,
                 'price_min', s.price_min, 'price_max', s.price_max
             ) ORDER BY s.first_seat_id)
             FROM (
-                SELECT section, count(*) AS capacity, min(price) AS price_min,
-                    max(price) AS price_max, min(seat_id) AS first_seat_id
+                SELECT section, count(*) AS capacity, count(*) FILTER (WHERE blocked) AS blocked,
+                    min(price) AS price_min, max(price) AS price_max,
+                    min(seat_id) AS first_seat_id
                 FROM seats WHERE performance_id = p.performance_id GROUP BY section
             ) AS s
         )
@@ -104,6 +105,106 @@ WHERE p.status = 'scheduled' AND p.starts_at > now() + interval '1 day'
 """
 
 LOCK_SEEDING = "SELECT pg_advisory_xact_lock(hashtextextended('reservation-service seed-demo', 0))"
+
+# ---- changes of the catalogue
+
+LOCK_CONCERT = "SELECT 1 FROM concerts WHERE concert_id = %(concert_id)s FOR NO KEY UPDATE"
+
+# A performance never moves to another concert.
+LOCK_CONCERT_OF_PERFORMANCE = """
+SELECT c.concert_id FROM performances AS p JOIN concerts AS c USING (concert_id)
+WHERE p.performance_id = %(performance_id)s
+FOR NO KEY UPDATE OF c
+"""
+
+RAISE_CONCERT_VERSION = """
+UPDATE concerts SET version = version + 1 WHERE concert_id = %(concert_id)s
+"""
+
+CHANGE_CONCERT = """
+UPDATE concerts SET title = %(title)s, venue = %(venue)s
+WHERE concert_id = %(concert_id)s AND (title, venue) <> (%(title)s, %(venue)s)
+RETURNING 1
+"""
+
+CHANGE_PERFORMANCE = """
+UPDATE performances SET starts_at = %(starts_at)s, sales_open_at = %(sales_open_at)s,
+    sales_close_at = %(sales_close_at)s
+WHERE performance_id = %(performance_id)s AND (starts_at, sales_open_at, sales_close_at)
+    <> (%(starts_at)s, %(sales_open_at)s, %(sales_close_at)s)
+RETURNING 1
+"""
+
+CANCEL_PERFORMANCE = """
+UPDATE performances SET status = 'cancelled', cancelling = true
+WHERE performance_id = %(performance_id)s AND status = 'scheduled'
+RETURNING 1
+"""
+
+LOCK_SEATS_OF_PERFORMANCE = """
+SELECT seat_id FROM seats
+WHERE seat_id = ANY(%(seat_ids)s::bigint[]) AND performance_id = %(performance_id)s
+ORDER BY seat_id
+FOR UPDATE
+"""
+
+READ_TAKEN_SEATS = """
+SELECT seat_id FROM seats
+WHERE seat_id = ANY(%(seat_ids)s::bigint[]) AND claimed_until > clock_timestamp()
+"""
+
+# A hold that ran out loses its claim here, so that no clock that is set back makes it count again.
+BLOCK_SEATS = """
+UPDATE seats SET blocked = true, reservation_id = NULL, claimed_until = NULL
+WHERE seat_id = ANY(%(seat_ids)s::bigint[]) AND NOT blocked
+RETURNING seat_id
+"""
+
+RELEASE_SEATS = """
+UPDATE seats SET blocked = false
+WHERE seat_id = ANY(%(seat_ids)s::bigint[]) AND blocked
+RETURNING seat_id
+"""
+
+# Two imports at once: the second one waits and finds the first one's concert.
+LOCK_IMPORTS = (
+    "SELECT pg_advisory_xact_lock(hashtextextended('reservation-service import-concert', 0))"
+)
+
+# What came out of the same file, or else what looks as if it had.
+FIND_IMPORTED = """
+SELECT concert_id, fingerprint IS NOT DISTINCT FROM %(fingerprint)s::bytea AS same
+FROM concerts AS c
+WHERE fingerprint = %(fingerprint)s OR (title = %(title)s AND venue = %(venue)s AND EXISTS (
+    SELECT FROM performances AS p WHERE p.concert_id = c.concert_id AND p.status = 'scheduled'
+        AND p.starts_at = ANY(%(starts_at)s::timestamptz[])
+))
+ORDER BY same DESC, concert_id
+LIMIT 1
+"""
+
+# ---- cancellation of a performance
+
+LIST_CANCELLING = "SELECT performance_id FROM performances WHERE cancelling ORDER BY performance_id"
+
+LIST_SEATS = "SELECT seat_id FROM seats WHERE performance_id = %(performance_id)s ORDER BY seat_id"
+
+# Waits for whoever has one of them; what is returned is what they left.
+LOCK_CLAIMS = """
+SELECT reservation_id FROM seats WHERE seat_id = ANY(%(seat_ids)s::bigint[])
+ORDER BY seat_id
+FOR UPDATE
+"""
+
+LOCK_RESERVATIONS = """
+SELECT 1 FROM reservations WHERE reservation_id = ANY(%(reservation_ids)s::uuid[])
+ORDER BY reservation_id
+FOR UPDATE
+"""
+
+FINISH_CANCELLING = """
+UPDATE performances SET cancelling = false WHERE performance_id = %(performance_id)s AND cancelling
+"""
 
 # ---- booking
 
@@ -273,11 +374,4 @@ VALUES (%(customer_id)s, date_trunc('minute', clock_timestamp()), 1)
 ON CONFLICT (customer_id, minute) DO UPDATE SET writes = c.writes + 1
 RETURNING c.writes,
     ceil(extract(epoch FROM c.minute + interval '1 minute' - clock_timestamp()))::integer
-"""
-
-# ---- outbox
-
-INSERT_EVENT = """
-INSERT INTO outbox (topic, key, payload, headers)
-VALUES (%(topic)s, %(key)s, %(payload)s, %(headers)s)
 """

@@ -121,6 +121,8 @@ def test_the_asyncapi_document_is_whole() -> None:
 class Recorder:
     """Stands where the service has its connection and keeps what it would have inserted."""
 
+    autocommit = False
+
     def __init__(self) -> None:
         self.rows: list[Mapping[str, Any]] = []
 

@@ -12,10 +12,10 @@ import httpx
 import psycopg
 from psycopg.rows import dict_row
 
-from reservation_service import catalogue
+from reservation_service import catalogue, catalogue_changes
 from reservation_service.callers import make_token
-from reservation_service.catalogue import NewConcert
 from reservation_service.database import Connection, connect
+from reservation_service.new_concert import NewConcert
 from tests.databases import ReservationDatabase
 
 SECRET_KEY = "a secret of the tests, long enough for HS256"
@@ -40,7 +40,10 @@ def concert(seats: int = SEATS, **window: datetime) -> dict[str, Any]:
         "performances": [
             {name: at.isoformat() for name, at in performance.items()}
             | {"sections": [
-                {"section": "Parkett", "price": 5_000, "rows": [{"row": "A", "seats": seats}]},
+                {"section": "Parkett", "price": 5_000, "rows": [
+                    {"row": "A", "first": first, "seats": min(500, seats + 1 - first)}
+                    for first in range(1, seats + 1, 500)
+                ]},
             ]}
         ],
     }  # fmt: skip
@@ -166,7 +169,8 @@ def overlaps(
 def open_house(database: ReservationDatabase, seats: int = SEATS) -> Iterator[House]:
     """Publish a concert in an empty database."""
     with connect(database.service_url, "tests") as connection:
-        catalogue.publish(connection, NewConcert.model_validate_json(json.dumps(concert(seats))))
+        new = NewConcert.model_validate_json(json.dumps(concert(seats)))
+        catalogue_changes.publish(connection, new)
         performances = catalogue.read_concerts(connection, 1)[0].performances
         performance_id = performances[0].performance_id
         found = catalogue.read_seats(connection, performance_id)

@@ -333,7 +333,7 @@ def test_a_concert_against_the_schema_is_422(
 
 def test_a_concert_with_too_many_seats_is_422(client: FlaskClient) -> None:
     body = concert()
-    rows = [{"row": str(number), "seats": 500} for number in range(101)]
+    rows = [{"row": str(number), "seats": 500} for number in range(201)]
     body["performances"][0]["sections"][0]["rows"] = rows
     assert problem(client.post("/api/concerts", json=body, headers=ADMIN), 422, "invalid-body")
 

@@ -2,10 +2,11 @@
 
 import re
 
-from reservation_service import sql
+from reservation_service import outbox, sql
 from tests.reservation_service.house import House
 
 STATEMENTS = {name: text for name, text in vars(sql).items() if name.isupper()}
+STATEMENTS["INSERT_EVENT"] = outbox.INSERT
 
 
 def test_every_statement_can_be_prepared_and_the_service_may_run_it(house: House) -> None:
