@@ -67,6 +67,7 @@ DELIVERY = "exactly_once"
 OPEN_WITHIN_S = 30.0
 # The coordinator has given up by then: the transaction is decided, and a new session sees how.
 COMMIT_WITHIN_S = 30.0
+SURE_AFTER_S, SURE_INTERVAL_S = 3.0, 0.3
 FLUSH_SLICE_S = 0.05
 COPY_INTERVAL_S = 1.0
 # A backlog is committed in portions, not in chunks: every commit costs some 10 ms.
@@ -329,11 +330,13 @@ class ExactlyOnce:
                 return refuse_another_history(channel.connection, counts, server)
 
             # Before anything is fenced: a copy of the database must not disturb the original.
-            checked(records.read(to_the_end=False))
+            checked(records.read())
             self._producer = self._fencing_producer(admin, transactional_id(channel, server))
-            in_kafka = records.read(to_the_end=True)
+            in_kafka = records.read(up_to=self._barrier())
             cursor = checked(newest(stored, in_kafka, channel.topic))
-            _refuse_lost_events(admin, channel.topic, cursor, topic_id)
+            self._refuse_for_good(
+                lambda: _refuse_lost_events(admin, channel.topic, cursor, topic_id)
+            )
         except KafkaException as error:
             raise trouble(reason(error)) from error
         self._offsets = dict(cursor.offsets)
@@ -346,6 +349,18 @@ class ExactlyOnce:
             cursor = cursor.next_generation()
             self._store.save(cursor, DELIVERY, durably=True)
         return replace(cursor, topic_id=topic_id, kafka_cluster_id=kafka_cluster_id)
+
+    def _refuse_for_good(self, check: Callable[[], None]) -> None:
+        """Refuse what is found again and again: a broker that woke up may tell of old ends."""
+        until_s = time.monotonic() + SURE_AFTER_S
+        while True:
+            try:
+                return check()
+            except RefusedError:
+                if time.monotonic() > until_s:
+                    raise
+            self._channel.go_on()
+            time.sleep(SURE_INTERVAL_S)
 
     def _fencing_producer(self, admin: AdminClient, transactional_id: str) -> Producer:
         channel = self._channel
@@ -367,6 +382,31 @@ class ExactlyOnce:
             else:
                 return producer
 
+    def _barrier(self) -> int:
+        """Write a record to the cursor topic, after the fencing; return its offset.
+
+        Who has read up to it has read whatever was committed before. An end that a broker tells
+        wouldn't do: one that was frozen and no longer leads tells an old one until it knows.
+        """
+        told: list[tuple[KafkaError | None, int]] = []
+        producer = self._channel.producer({"delivery.report.only.error": False})
+        producer.produce(
+            self._channel.settings.cursor_topic,
+            partition=0,
+            key=b"barrier",
+            on_delivery=lambda error, message: told.append((error, message.offset() or 0)),
+        )
+        deadline_s = time.monotonic() + OPEN_WITHIN_S
+        while not told:
+            if time.monotonic() > deadline_s:
+                raise PublishError("the cursor topic did not take a record in time")
+            producer.flush(FLUSH_SLICE_S)
+            self._channel.go_on()
+        error, offset = told[0]
+        if error is not None:
+            raise trouble(error)
+        return offset
+
 
 def transactional_id(channel: Channel, server: leadership.Server) -> str:
     """Return the id by which Kafka fences: not that of another database's relay of this name."""
@@ -387,16 +427,17 @@ class CursorRecords:
         self._go_on = go_on
         self._partition = TopicPartition(settings.cursor_topic, 0)
 
-    def read(self, *, to_the_end: bool) -> Cursor | None:
+    def read(self, *, up_to: int | None = None) -> Cursor | None:
         """Return the last committed cursor.
 
-        Not `to_the_end`, another lane's open transaction may hide it: good enough to see whose it
-        is. Else that transaction's end is waited for.
+        Without `up_to` (an offset) another lane's open transaction may hide it: good enough to see
+        whose it is. Else that transaction's end is waited for.
 
         Raises:
-            PublishError: the end was not reached in time.
+            PublishError: `up_to` was not reached in time.
         """
-        start, end = self._offset(EARLIEST), self._offset(LATEST)
+        start = self._offset(EARLIEST)
+        end = self._offset(LATEST) if up_to is None else up_to
         consumer = Consumer(
             {
                 **self._settings.kafka_properties(),
@@ -413,7 +454,7 @@ class CursorRecords:
             window, first = WINDOW_RECORDS, end
             while first > start:
                 first = max(start, end - window)
-                found = self._last(consumer, first, end, to_the_end=to_the_end)
+                found = self._last(consumer, first, up_to)
                 if found is not None:
                     return Cursor.from_json(found)
                 window *= 20
@@ -432,8 +473,8 @@ class CursorRecords:
             raise PublishError("the cursor topic doesn't tell its ends yet")
         return offset
 
-    def _last(self, consumer: Consumer, first: int, end: int, *, to_the_end: bool) -> bytes | None:
-        """Return the value of the last committed record of our key in [first, end)."""
+    def _last(self, consumer: Consumer, first: int, up_to: int | None) -> bytes | None:
+        """Return the value of the last committed record of our key from `first` on."""
         key, found = self._topic.encode(), None
         consumer.assign([TopicPartition(self._partition.topic, 0, first)])
         deadline_s = time.monotonic() + OPEN_WITHIN_S
@@ -448,7 +489,7 @@ class CursorRecords:
             elif error.code() != KafkaError._PARTITION_EOF:  # noqa: SLF001
                 raise KafkaException(error)
             # The end of what is committed, which an open transaction holds back.
-            elif not to_the_end or (message.offset() or 0) >= end:
+            elif up_to is None or (message.offset() or 0) > up_to:
                 return found
         raise PublishError("the end of the cursor topic was not reached in time")
 
@@ -465,7 +506,7 @@ def refuse_as_a_lane_would(
     """
     admin = make_admin(settings.kafka_properties())
     # Before the copy, which a leader may renew meanwhile.
-    in_kafka = CursorRecords(settings, topic, admin, lambda: None).read(to_the_end=False)
+    in_kafka = CursorRecords(settings, topic, admin, lambda: None).read()
     for row in load_rows(connection, settings.outbox_relay_name, topic):
         stored = Stored(from_row(row), row["delivery"])
         refuse_another_kafka(stored.cursor, cluster_id(admin, topic))
@@ -485,7 +526,7 @@ def newest_generation(settings: Settings, connection: psycopg.Connection) -> int
     if settings.cursor_topic not in admin.list_topics(timeout=REQUEST_TIMEOUT_S).topics:
         return newest_found
     for (topic,) in connection.execute(sql.TOPICS, {"name": settings.outbox_relay_name}).fetchall():
-        found = CursorRecords(settings, topic, admin, lambda: None).read(to_the_end=False)
+        found = CursorRecords(settings, topic, admin, lambda: None).read()
         newest_found = max(newest_found, 0 if found is None else found.generation)
     return newest_found
 

@@ -126,10 +126,10 @@ def make_producer(
             **DEFAULT_PRODUCER_PROPERTIES,
             **kafka_properties,
             **GUARANTEED_PRODUCER_PROPERTIES,
-            **more,
-            "error_cb": on_broker_error,
             # A call for each acknowledgement would cost as much as reading the row.
             "delivery.report.only.error": True,
+            **more,
+            "error_cb": on_broker_error,
             **QUIET,
         }
     )

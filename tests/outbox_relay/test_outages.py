@@ -130,7 +130,7 @@ def test_a_relay_that_may_not_read_backs_off_and_says_so_once(
     with outbox.owner() as connection:
         connection.execute("REVOKE SELECT ON outbox FROM outbox_relay")
         relay = start_relay(outbox)
-        wait_until(lambda: terms_begun(outbox) >= 6, 30, "some attempts")
+        wait_until(lambda: terms_begun(outbox) >= 6, 60, "some attempts")
         assert len(relay.log.read_text().splitlines()) <= 2
         connection.execute("GRANT SELECT ON outbox TO outbox_relay")
     outbox.insert("a", "1")
