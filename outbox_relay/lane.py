@@ -133,10 +133,16 @@ class Lane(threading.Thread):
             self._connection = connection
             connection.execute(sql.BE_PATIENT)
             connection.execute(sql.LIMIT_READS)
-            with self._session(connection) as (delivery, quarantine):
+            max_bytes = self._settings.outbox_relay_chunk_max_bytes
+            with (
+                reader.Reader(connection, self.topic, max_bytes) as rows,
+                self._session(connection) as (delivery, quarantine),
+            ):
                 position = delivery.cursor.position
                 while not self._stopping.is_set():
-                    position = self._step(connection, delivery, quarantine, position)
+                    if time.monotonic() - self._last_extra_s >= EXTRA_INTERVAL_S:
+                        position = self._extra(connection, delivery, quarantine, position)
+                    position = self._step(rows, delivery, quarantine, position)
                 delivery.finish()
 
     @contextmanager
@@ -164,26 +170,14 @@ class Lane(threading.Thread):
                 log.warning("quarantined", topic=self.topic, id=row_id, key=key, error=str(error))
 
     def _step(
-        self,
-        connection: psycopg.Connection,
-        delivery: Delivery,
-        quarantine: Quarantine,
-        position: Position,
+        self, rows: reader.Reader, delivery: Delivery, quarantine: Quarantine, position: Position
     ) -> Position:
         """Publish the next chunk, or wait a little when there is none; return the new position."""
         self._progress()
-        if time.monotonic() - self._last_extra_s >= EXTRA_INTERVAL_S:
-            position = self._extra(connection, delivery, quarantine, position)
         self.news.clear()
         # Before reading: a row that is committed after the read will be told to whoever sleeps.
         self.asleep = time.monotonic() - self._last_news_s > HOT_S
-        chunk = reader.read(
-            connection,
-            position,
-            self.topic,
-            max_rows=self._chunk_rows,
-            max_bytes=self._settings.outbox_relay_chunk_max_bytes,
-        )
+        chunk = rows.next(position, self._chunk_rows)
         self.works = True
         if chunk.position != position:
             self._last_news_s, self.asleep = time.monotonic(), False

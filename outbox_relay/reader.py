@@ -11,11 +11,12 @@ one fixes C first and is then walked by id, so that a restart in its middle read
 """
 
 from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from operator import itemgetter
-from typing import Any, TypedDict, cast
+from typing import Any, Self, TypedDict, cast
 
 import psycopg
 
@@ -108,6 +109,42 @@ def read(
         # Too many rows of other topics lie in between: whatever there is is walked through, then.
         batch = _begin_big_batch(connection, position, topic, whole=True)
     return _read_big_batch(connection, batch, limits)
+
+
+class Reader:
+    """Reads a topic's chunks; of a big batch the next one while the present one is published.
+
+    Use as a context manager: behind it nobody uses the connection any more.
+    """
+
+    def __init__(self, connection: psycopg.Connection, topic: str, max_bytes: int) -> None:
+        self._connection = connection
+        self._topic = topic
+        self._max_bytes = max_bytes
+        self._pool = ThreadPoolExecutor(1, f"read {topic}")
+        self._ahead: tuple[Position, Future[Chunk]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def next(self, position: Position, max_rows: int) -> Chunk:
+        """Return what `read` does."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == position:
+            chunk = ahead[1].result()
+        else:
+            chunk = self._read(position, max_rows)
+        if chunk.more:
+            self._ahead = chunk.position, self._pool.submit(self._read, chunk.position, max_rows)
+        return chunk
+
+    def _read(self, position: Position, max_rows: int) -> Chunk:
+        return read(
+            self._connection, position, self._topic, max_rows=max_rows, max_bytes=self._max_bytes
+        )
 
 
 def skip_other_topics(connection: psycopg.Connection, position: Position, topic: str) -> Position:
