@@ -208,11 +208,15 @@ ORDER BY topic, kafka_partition
 FOR UPDATE
 """
 
-# What stands there was locked and compared before (LOCK_OFFSETS).
+# What stands there was locked and compared before (LOCK_OFFSETS). One event that says it happened
+# in the year 9999 must not hide for ever that nothing comes any more: never later than now.
 MOVE_OFFSETS = """
 UPDATE analytics.load_offsets AS stored SET
     next_offset = moved.next_offset,
-    last_event_at = greatest(stored.last_event_at, moved.last_event_at),
+    last_event_at = CASE
+        WHEN greatest(stored.last_event_at, moved.last_event_at) > now() THEN now()
+        ELSE greatest(stored.last_event_at, moved.last_event_at)
+    END,
     updated_at = now()
 FROM unnest(
     %(topics)s::text[], %(partitions)s::integer[], %(next_offsets)s::bigint[],

@@ -3,6 +3,8 @@
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
 
 import psycopg
 import pytest
@@ -82,6 +84,26 @@ def test_an_event_delivered_again_is_no_new_event(loader: Loader) -> None:
     assert loader.load(batch(events + events)).new_events == len(events)
     again = loader.load(batch(events, 2 * len(events)))
     assert (again.events, again.new_events) == (len(events), 0)
+
+
+def test_an_event_of_the_year_9999_does_not_make_the_tables_fresh_for_ever(
+    loader: Loader, analytics_database: AnalyticsDatabase
+) -> None:
+    def newest(happened: str, first: int) -> tuple[Any, ...]:
+        envelope = {**event(f"r-{first}").envelope, "time": happened}
+        loader.load(batch([Event(envelope)], first))
+        with psycopg.connect(analytics_database.owner_url) as connection:
+            row = connection.execute(
+                "SELECT last_event_at, last_event_at = updated_at FROM analytics.load_offsets"
+            ).fetchone()
+        return row or ()
+
+    past = datetime(2026, 1, 1, tzinfo=UTC)
+    assert newest("2026-01-01T00:00:00Z", 0) == (past, False)
+    bounded, is_now = newest("9999-12-31T23:59:59Z", 1)
+    assert is_now
+    # An older one doesn't turn it back, and nothing new isn't new.
+    assert newest("2026-01-01T00:00:00Z", 2) == (bounded, False)
 
 
 def test_a_stale_event_does_not_lock_the_reservation(

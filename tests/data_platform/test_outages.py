@@ -239,6 +239,45 @@ def test_a_topic_made_anew_stops_its_partitions_loudly_and_loads_nothing(
     assert worker.stop() == 0
 
 
+def test_a_topic_that_kafka_lost_the_end_of_stops_the_partition_loudly_and_loads_nothing(
+    make_platform: MakePlatform,
+    make_kafka_cluster: MakeKafkaCluster,
+    analytics_database: AnalyticsDatabase,
+) -> None:
+    cluster = make_kafka_cluster(brokers=1)
+    cluster.create_topic("cut", 2)
+    platform = make_platform(analytics_database, cluster, "cut")
+    for number in (0, 1):
+        platform.produce_raw([(one.key, one.value) for one in history(5, seed=number)], number)
+    worker = platform.worker()
+    wait_until(lambda: platform.status()["lag_rows"] == 0, 30, "everything to be loaded")
+    before = platform.rows(OFFSETS)
+    facts = platform.facts()
+
+    broker = cluster.brokers[0]
+    broker.stop()
+    folder = Path(cluster.properties(broker)["log.dirs"]) / "cut-0"
+    for file in folder.iterdir():
+        if file.name != "partition.metadata":  # it holds the topic's id, which stays the same
+            file.unlink()
+    broker.start()
+    (late, other) = event("late"), event("other")
+    platform.produce_raw([(late.key, late.value)], 0)
+    platform.produce_raw([(other.key, other.value)], 1)
+    wait_until(lambda: said(worker, "partition_stopped") == 1, 40, "the partition to stop")
+    wait_until(lambda: platform.facts() != facts, 20, "the other partition to go on")
+
+    assert set(platform.facts()) - set(facts) == {other.fact}
+    assert [row for row in platform.rows(OFFSETS) if row[:2] == ("cut", 0)] == [
+        row for row in before if row[:2] == ("cut", 0)
+    ]
+    answer = platform.command("status")
+    assert answer.returncode == 1
+    assert "it ends at 1, but was loaded up to" in answer.stdout
+    assert worker.alive
+    assert worker.stop() == 0
+
+
 def _exists(admin: AdminClient, topic: str) -> bool:
     described = admin.describe_topics(TopicCollection([topic]))[topic]
     return described.exception(10) is None

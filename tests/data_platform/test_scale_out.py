@@ -141,6 +141,37 @@ def test_a_worker_frozen_beyond_its_session_wakes_up_to_find_its_partitions_gone
     assert frozen.alive
 
 
+def test_a_rightful_owner_whom_postgres_runs_away_from_looks_again_and_goes_on(
+    platform: Platform,
+) -> None:
+    events = history(3_000, seed=55)
+    # Both are given every partition, by groups that don't know of each other: whoever loads first
+    # makes the other's compare-and-swap fail.
+    ours, theirs = (
+        platform.worker(DATA_PLATFORM_BATCH_ROWS="50", DATA_PLATFORM_GROUP=f"{platform.group}-{n}")
+        for n in "12"
+    )
+    wait_until(lambda: placed(ours) and placed(theirs), 30, "all partitions for each")
+    platform.produce(events)
+    platform.wait_for_offsets(len(events))
+    # Back to the beginning, behind the back of both.
+    platform.execute("UPDATE analytics.load_offsets SET next_offset = 0 WHERE next_offset > 0")
+    for number in range(6):
+        last = event(f"r-last-{number}")
+        platform.produce_raw([(last.key, last.value)], number)
+        events.append(last)
+    platform.wait_for_offsets(len(events))
+
+    assert platform.facts() == expected_facts(events)
+    assert platform.states() == expected_states(events)
+    assert platform.dead_letters() == []
+    assert said(ours, "place_lost") > 0
+    assert said(theirs, "place_lost") > 0
+    assert said(ours, "waiting") == said(theirs, "waiting") == 0  # no outage: nobody backs off
+    assert ours.alive
+    assert theirs.alive
+
+
 def test_more_partitions_later_move_keys_and_versions_still_decide(platform: Platform) -> None:
     first = history(300, seed=54)
     worker = platform.worker()
