@@ -165,6 +165,22 @@ def test_a_blocking_waits_for_the_booking_that_is_under_way(house: House) -> Non
     assert refused.value.members["unavailable_seats"] == [seat_id]
 
 
+def test_a_change_keeps_what_another_one_at_the_same_time_has_changed(house: House) -> None:
+    with (
+        psycopg.connect(house.database.owner_url) as other,
+        ThreadPoolExecutor(1) as pool,
+        house.connect() as connection,
+    ):
+        other.execute("UPDATE concerts SET venue = 'Elsewhere', version = version + 1")
+        change = ConcertChange(title="Another evening")
+        done = pool.submit(catalogue_changes.change_concert, connection, concert_id(house), change)
+        wait_until(lambda: waiters(house), 10, "the change to wait")
+        other.commit()
+        changed = done.result(timeout=10)
+    assert (changed.title, changed.venue) == ("Another evening", "Elsewhere")
+    assert house.events("concert-catalogue")[-1]["data"]["version"] == 3
+
+
 def test_changes_at_once_are_told_in_the_order_of_their_versions(house: House) -> None:
     changes, workers = 25, 4
     concert = concert_id(house)
