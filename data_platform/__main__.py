@@ -19,16 +19,18 @@ from functools import partial
 from importlib.metadata import version
 from logging import getLogger
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 import click
 import psycopg
+import structlog
 from confluent_kafka import KafkaException
 
 from data_platform import config, logs, reconcile_loop
 from data_platform import dead_letters as letters
 from data_platform.consumer import Source
-from data_platform.errors import KafkaTroubleError, RivalError
+from data_platform.errors import KafkaTroubleError, RivalError, told
 from data_platform.events import Decoder, decode_concert_event, decode_reservation_event
 from data_platform.freshness import Watermarks
 from data_platform.health import Health
@@ -65,7 +67,7 @@ def _clear_errors() -> Iterator[None]:
     except config.ConfigurationError as error:
         raise WrongConfigurationError(str(error)) from error
     except psycopg.Error as error:
-        raise CommandError(f"Postgres: {error}") from error
+        raise CommandError(f"Postgres: {told(error)}") from error
     except (KafkaException, KafkaTroubleError) as error:
         raise CommandError(f"Kafka: {error}") from error
 
@@ -80,7 +82,7 @@ def main() -> None:
 def migrate() -> None:
     """Bring the analytics database's schema up to date (ANALYTICS_OWNER_DATABASE_URL)."""
     # Alembic and SQLAlchemy only here: the other commands start sooner without.
-    from sqlalchemy.exc import SQLAlchemyError  # noqa: PLC0415
+    from sqlalchemy.exc import DBAPIError, SQLAlchemyError  # noqa: PLC0415
 
     import migrations  # noqa: PLC0415
 
@@ -91,7 +93,8 @@ def migrate() -> None:
             url = settings.analytics_owner_database_url.get_secret_value()
             migrations.upgrade("analytics", url)
         except SQLAlchemyError as error:
-            raise CommandError(f"Postgres: {error}") from error
+            cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
+            raise CommandError(f"Postgres: {told(cause)}") from error
 
 
 @main.command()
@@ -108,8 +111,11 @@ def run() -> None:
     _begin_telling_freshness(settings)
     try:
         Worker(source, loader, _decoders(settings), health).run()
-    except Exception:
-        getLogger("data_platform").critical("ended by a fault of ours", exc_info=True)
+    except Exception as error:  # noqa: BLE001 - told, and the end of the process
+        # Where, and what kind; a traceback's last line may quote the record.
+        where = [f"{frame.filename}:{frame.lineno}" for frame in extract_tb(error.__traceback__)]
+        fault = structlog.get_logger("data_platform")
+        fault.critical("ended by a fault of ours", cause=told(error), where=where)
         sys.exit(1)
 
 

@@ -106,12 +106,15 @@ class Source:
         self._described: dict[str, Future[Any]] = {}
         self._markers_at = 0.0
         self._away = False
+        self._copy_fails = False
         self._probe: Future[Any] | None = None
         self._probe_at = 0.0
         self.stopped: dict[Partition, str] = {}
 
     def _new_consumer(self, properties: Mapping[str, Any]) -> Consumer:
-        return Consumer({**properties, "error_cb": self._on_client_error, "on_commit": _on_commit})
+        return Consumer(
+            {**properties, "error_cb": self._on_client_error, "on_commit": self._on_commit}
+        )
 
     # ---- which partitions, and where they begin
 
@@ -311,8 +314,14 @@ class Source:
         offsets = [TopicPartition(part.topic, part.partition, part.next_offset) for part in slices]
         try:
             self._consumer.commit(offsets=offsets, asynchronous=True)
-        except KafkaException as error:  # Postgres' offsets are the true ones
-            log.info("kafka_offset_copy_failed", error=str(error))
+        except KafkaException as error:
+            self._on_commit(error.args[0], offsets)
+
+    def _on_commit(self, error: KafkaError | None, _offsets: Sequence[TopicPartition]) -> None:
+        # Postgres' offsets are the true ones; a rebalance makes many of these fail in a row.
+        if error is not None and not self._copy_fails:
+            log.info("kafka_offset_copy_failed", error=error.str())
+        self._copy_fails = error is not None
 
     def close(self) -> None:
         """Leave the group, so that the others take over at once."""
@@ -350,8 +359,3 @@ def _partition_of(message: Message) -> Partition:
 def _is_unknown_to_the_broker(error: KafkaError) -> bool:
     # There is no way to ask before: librdkafka tells it as a fatal error, in words.
     return error.code() == KafkaError._FATAL and "not supported" in error.str()  # noqa: SLF001
-
-
-def _on_commit(error: KafkaError | None, _offsets: Sequence[TopicPartition]) -> None:
-    if error is not None:
-        log.info("kafka_offset_copy_failed", error=error.str())

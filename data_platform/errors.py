@@ -93,14 +93,18 @@ def cure_of(error: BaseException) -> Cure:
 
 
 def told(error: BaseException) -> str:
-    """Say what an error is, for a log: without what the record contains.
+    """Say what an error is, for a log or a terminal: without what the record contains.
 
     Postgres quotes the row it refuses (DETAIL, CONTEXT), and the value in some messages; both
-    belong to the dead letter only.
+    belong to the dead letter only. Python quotes values too: of an error that isn't ours,
+    Kafka's or the system's only the kind is told.
     """
     kind = type(error).__name__
     if not isinstance(error, psycopg.Error) or error.sqlstate is None:
-        hidden = isinstance(error, psycopg.DataError | UnicodeError)
+        speaks = isinstance(error, psycopg.Error | KafkaException | OSError) or (
+            type(error).__module__.startswith("data_platform.")
+        )
+        hidden = not speaks or isinstance(error, psycopg.DataError)
         return kind if hidden else f"{kind}: {error}".strip()
     about = " ".join(filter(None, (error.diag.constraint_name, error.diag.column_name)))
     primary = "" if error.sqlstate.startswith("22") else f": {error.diag.message_primary}"

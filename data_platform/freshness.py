@@ -23,7 +23,7 @@ from confluent_kafka import KafkaException
 from psycopg.rows import class_row
 
 from data_platform import sql_freshness as sql
-from data_platform.errors import KafkaTroubleError
+from data_platform.errors import KafkaTroubleError, told
 from data_platform.topics import Topic, Topics
 
 APPLICATION_NAME = "data-platform freshness"
@@ -79,7 +79,7 @@ class Watermarks:
             except (psycopg.Error, KafkaException, KafkaTroubleError) as error:
                 self.close()
                 if not failing:
-                    log.info("freshness_unknown", cause=f"{type(error).__name__}: {error}".strip())
+                    log.info("freshness_unknown", cause=told(error))
                 failing = True
         self.close()
 

@@ -357,9 +357,10 @@ class _Rebuild:
                 raise
             sift(self._connection, decoded.rows, refused)
         if len(refused) > max(MANY_REFUSED, len(decoded.rows) / 2):
+            cause = refused[-1].error.partition("\n")[0]  # not its DETAIL, which quotes the row
             raise RebuildRefusedError(
                 f"Postgres refuses {len(refused)} of {len(decoded.rows)} records, at last for: "
-                f"{refused[-1].error}"
+                f"{cause}"
             )
         bad = [*decoded.bad, *refused]
         put_aside(self._connection, bad)

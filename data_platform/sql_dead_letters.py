@@ -1,8 +1,10 @@
 """The statements of `dead-letters` and its replay: static text with parameters."""
 
-# Never its contents: they may be large, and belong to customers.
+# Never its contents: they may be large, and belong to customers. Of the error the first line, not
+# the DETAIL with which Postgres quotes the row.
 LIST = """
-SELECT topic, kafka_partition, kafka_offset, reason, error, first_seen_at
+SELECT topic, kafka_partition, kafka_offset, reason,
+    left(split_part(error, chr(10), 1), 200) AS error, first_seen_at
 FROM analytics.dead_letters
 WHERE (%(topic)s::text IS NULL OR topic = %(topic)s)
     AND (%(reason)s::text IS NULL OR reason = %(reason)s)

@@ -249,6 +249,34 @@ def test_every_log_line_is_a_json_object(platform: Platform) -> None:
     assert platform.database.loader_url.split(":")[2].split("@")[0] not in worker.log.read_text()
 
 
+WORKER_THAT_FAILS = """
+from data_platform import __main__ as command
+
+class Worker:
+    def __init__(self, *_): pass
+    def run(self): raise KeyError("customer-4711")
+
+command.Worker = Worker
+command.main(["run"])
+"""
+
+
+def test_a_fault_of_ours_is_told_with_its_place_and_without_what_it_quotes() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-c", WORKER_THAT_FAILS],
+        env=os.environ | {**MINIMUM, "KAFKA_BOOTSTRAP_SERVERS": "127.0.0.1:1"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert answer.returncode == 1
+    fault = json.loads(answer.stderr.splitlines()[-1])
+    assert (fault["level"], fault["cause"]) == ("critical", "KeyError")
+    assert fault["where"][-1].startswith("<string>:")
+    assert "customer-4711" not in answer.stderr
+
+
 def _run(variables: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "data_platform", *(arguments or ("run",))],

@@ -93,6 +93,13 @@ def test_what_only_postgres_refuses_is_found_by_bisection(platform: Platform) ->
         (one.key, one.value) for one in refused
     )
     assert {reason for _, _, _, reason in platform.dead_letters()} == {"refused"}
+    # What Postgres quotes of the row is kept, and not listed.
+    kept = platform.rows("SELECT count(*) FROM analytics.dead_letters WHERE error LIKE '%DETAIL%'")
+    assert kept == [(len(refused),)]
+    for form in ([], ["--json"]):
+        listed = platform.command("dead-letters", "list", *form).stdout
+        assert "nobody_called_x" in listed
+        assert "DETAIL" not in listed
 
 
 def test_when_postgres_refuses_most_records_the_worker_stops_and_puts_nothing_aside(

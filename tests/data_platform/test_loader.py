@@ -191,6 +191,26 @@ def test_hurry_bears_that_the_deadline_goes_away_meanwhile() -> None:
     loader.close()
 
 
+def test_a_worker_frozen_in_its_transaction_loses_its_locks_though_nobody_else_wants_them(
+    loader: Loader, analytics_database: AnalyticsDatabase
+) -> None:
+    place = {"topics": [TOPIC], "partitions": [0]}
+
+    def let_go() -> bool:
+        with psycopg.connect(analytics_database.owner_url) as other:
+            free = "SELECT FROM analytics.load_offsets FOR UPDATE SKIP LOCKED"
+            return other.execute(free).rowcount == 1
+
+    frozen = loader._connected()
+    frozen.execute("BEGIN")
+    frozen.execute(sql.LOCK_OFFSETS, place)
+    assert not let_go()
+    wait_until(let_go, 10, "the locks to be free")
+    with pytest.raises(psycopg.Error):
+        frozen.execute("SELECT 1")
+    assert loader.load(batch([event()])).new_events == 1
+
+
 def test_a_rival_that_holds_our_offset_row_is_ended(
     loader: Loader, analytics_database: AnalyticsDatabase
 ) -> None:

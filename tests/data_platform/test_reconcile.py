@@ -382,6 +382,8 @@ def test_again_and_again_it_tells_the_outcome_as_metrics(whole: Whole) -> None:
         return told
 
     wait_until(tells(1), 30, "one difference")
+    assert '"where": "dim_concerts.title"' in loop.log.read_text()
+    assert "another" not in loop.log.read_text()  # values are for who asks, not for a log
     whole.platform.execute("UPDATE analytics.dim_concerts SET title = 'Nacht der Streicher — Ø'")
     wait_until(tells(0), 30, "no difference")
     assert loop.stop(10) == 0

@@ -9,10 +9,16 @@ from typing import Any
 
 import psycopg
 import pytest
+from click.testing import CliRunner
+from confluent_kafka import Message
 
-from data_platform import dead_letters, sql_dead_letters
+from data_platform import dead_letters, logs, sql_dead_letters, star
+from data_platform.__main__ import main
+from data_platform.batch import Row
 from data_platform.dead_letters import Place, Replayed, Scope
+from data_platform.errors import RivalError
 from data_platform.events import ReservationEvent, decode_reservation_event
+from data_platform.loader import prepare
 from tests.data_platform.conftest import Platform
 from tests.data_platform.histories import (
     FACTS,
@@ -265,13 +271,7 @@ def test_what_loses_against_a_lock_is_tried_again(analytics_database: AnalyticsD
     attempts: set[Any] = set()
 
     def second_attempt() -> bool:
-        attempts.update(
-            watcher.execute(
-                "SELECT xact_start FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-                " AND application_name = 'data-platform dead-letters'"
-                " AND datname = current_database()"
-            ).fetchall()
-        )
+        attempts.update(watcher.execute(WAITING_REPLAY.replace("pid", "xact_start", 1)).fetchall())
         return len(attempts) > 1
 
     with (
@@ -284,6 +284,53 @@ def test_what_loses_against_a_lock_is_tried_again(analytics_database: AnalyticsD
         wait_until(second_attempt, 10, "a second attempt")
         holder.rollback()
         assert running.result(10) == Replayed(loaded=1)
+
+
+def test_what_loses_against_a_worker_with_the_same_event_is_tried_again(
+    analytics_database: AnalyticsDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = event("r-0")
+    put(analytics_database, of([one]))
+    monkeypatch.setattr("data_platform.star.ATTEMPTS", 1)
+    with (
+        ThreadPoolExecutor(1) as pool,
+        psycopg.connect(analytics_database.loader_url, autocommit=True) as watcher,
+        psycopg.connect(analytics_database.loader_url) as worker,
+    ):
+        prepare(worker)
+        worker.execute("SET idle_in_transaction_session_timeout = 0")
+        decoded = decode_reservation_event(one.key, one.value)
+        star.write(worker, star.rows_of([Row(Message(), decoded)]), ask=False)
+        running = pool.submit(replay, analytics_database)
+        wait_until(lambda: watcher.execute(WAITING_REPLAY).fetchone(), 10, "the replay to wait")
+        worker.commit()
+        assert running.result(10) == Replayed(loaded=1)
+    assert rows(analytics_database, FACTS) == [one.fact]
+    assert rows(analytics_database, ALL_LETTERS) == []
+
+
+def test_a_replay_that_loses_again_and_again_says_that_it_may_be_repeated(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object, **__: object) -> Replayed:
+        raise RivalError("another loader was in the way 4 times")
+
+    put(platform.database, of([event("r-0")]), topic=platform.topic)
+    monkeypatch.setattr(dead_letters, "_replay_chunk", lost)
+    for name, value in platform.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(logs, "set_up", lambda _level: None)
+    answer = CliRunner().invoke(main, ["dead-letters", "replay"])
+    assert answer.exit_code == 1
+    assert answer.stderr.splitlines()[-1] == (
+        "data-platform: another loader was in the way 4 times; run it again"
+    )
+
+
+WAITING_REPLAY = (
+    "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    " AND application_name = 'data-platform dead-letters' AND datname = current_database()"
+)
 
 
 def test_a_chunk_is_bounded_in_letters_and_in_bytes(
