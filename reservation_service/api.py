@@ -2,12 +2,14 @@
 
 import base64
 import binascii
+import gzip
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Annotated, Any, NamedTuple, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -17,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from reservation_service import (
+    best_available,
     booking,
     callers,
     catalogue,
@@ -27,13 +30,16 @@ from reservation_service import (
     problems,
     sql,
 )
+from reservation_service.best_available import Wanted
 from reservation_service.booking import Order, Terms
 from reservation_service.callers import Secrets
 from reservation_service.config import Settings
 from reservation_service.database import Connection
 from reservation_service.idempotency import Answer, Key
+from reservation_service.jwks import KeySet
 from reservation_service.new_concert import NewConcert
 from reservation_service.problems import Problem
+from reservation_service.seat_map import SeatMaps
 
 BODY_MAX_BYTES = 65_536
 CONCERT_BODY_MAX_BYTES = 4_194_304
@@ -56,6 +62,7 @@ class Service:
     terms: Terms
     max_seats_per_request: int
     writes_per_minute: int
+    seat_maps: SeatMaps = field(default_factory=SeatMaps)
 
     @contextmanager
     def writing(self, customer_id: str) -> Iterator[Connection]:
@@ -78,15 +85,25 @@ class Service:
     def of(cls, settings: Settings, pool: ConnectionPool[Connection]) -> "Service":
         """Take from the settings what requests need."""
         admin = settings.admin_token
+        source = settings.jwks_file or (str(settings.jwks_url) if settings.jwks_url else None)
         return cls(
             pool=pool,
             secrets=Secrets(
-                settings.required("secret_key"), admin.get_secret_value() if admin else None
+                settings.required("secret_key"),
+                admin.get_secret_value() if admin else None,
+                KeySet(source) if source else None,
             ),
-            terms=Terms(timedelta(seconds=settings.hold_seconds), settings.max_seats_per_customer),
+            terms=Terms(
+                timedelta(seconds=settings.hold_seconds),
+                settings.max_seats_per_customer,
+                timedelta(seconds=settings.hold_max_seconds),
+            ),
             max_seats_per_request=settings.max_seats_per_request,
             writes_per_minute=settings.writes_per_minute,
         )
+
+
+Id = Annotated[int, Field(ge=1, le=ID_MAX)]
 
 
 class NewReservation(BaseModel):
@@ -94,18 +111,25 @@ class NewReservation(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    performance_id: int = Field(ge=1, le=ID_MAX)
-    seat_ids: list[int] = Field(min_length=1)
+    performance_id: Id
+    seat_ids: list[Id] = Field(min_length=1, json_schema_extra={"uniqueItems": True})
     confirm: bool = False
 
     @field_validator("seat_ids")
     @classmethod
     def _distinct_ids(cls, value: list[int]) -> list[int]:
-        if any(not 1 <= seat_id <= ID_MAX for seat_id in value):
-            raise ValueError("expected seat ids")
         if len(set(value)) < len(value):
             raise ValueError("a seat is named twice")
         return value
+
+
+class BestAvailable(BaseModel):
+    """Body of `POST /api/performances/{id}/best-available`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    count: int = Field(ge=1)
+    confirm: bool = False
 
 
 class Page(NamedTuple):
@@ -163,8 +187,23 @@ def publish_concert() -> Response:
 @blueprint.get(f"/performances/<int(max={ID_MAX}):performance_id>/seats")
 def read_seats(performance_id: int) -> Response:
     """Show all seats of a performance."""
+    known = request.if_none_match
     with service().pool.connection() as connection:
-        return json_answer(catalogue.read_seats(connection, performance_id))
+        tag, body = service().seat_maps.show(connection, performance_id, known.contains_weak)
+    if body is None:
+        response = Response(status=304)
+        response.headers.remove("Content-Type")
+    elif request.accept_encodings.quality("gzip") > 0:
+        response = Response(body, mimetype="application/json")
+        response.content_encoding = "gzip"
+    else:
+        response = Response(gzip.decompress(body), mimetype="application/json")
+    # Weak: it is the same for what is compressed and what isn't.
+    response.set_etag(tag, weak=True)
+    response.vary.add("Accept-Encoding")
+    # May be kept, but not be shown without having asked.
+    response.cache_control.no_cache = True
+    return response
 
 
 @blueprint.post("/reservations")
@@ -172,11 +211,7 @@ def reserve() -> Response:
     """Hold seats, or book them in one step."""
     customer_id = _customer()
     body = body_of(NewReservation)
-    most = service().max_seats_per_request
-    if len(body.seat_ids) > most:
-        raise problems.invalid(
-            [{"location": "seat_ids", "message": f"at most {most} seats in one request"}]
-        )
+    _check_count("seat_ids", len(body.seat_ids))
     order = Order(customer_id, body.performance_id, body.seat_ids, body.confirm)
     key = _idempotency_key(customer_id, "reserve", body)
     with (
@@ -184,6 +219,22 @@ def reserve() -> Response:
         service().writing(customer_id) as connection,
     ):
         answer = booking.book(connection, order, service().terms, key, traceparent())
+    return _created(answer)
+
+
+@blueprint.post(f"/performances/<int(max={ID_MAX}):performance_id>/best-available")
+def reserve_best(performance_id: int) -> Response:
+    """Hold the best seats that are free, or book them in one step."""
+    customer_id = _customer()
+    body = body_of(BestAvailable)
+    _check_count("count", body.count)
+    wanted = Wanted(customer_id, performance_id, body.count, body.confirm)
+    key = _idempotency_key(customer_id, "reserve-best", body, performance_id)
+    with (
+        counted("book" if body.confirm else "hold"),
+        service().writing(customer_id) as connection,
+    ):
+        answer = best_available.book(connection, wanted, service().terms, key, traceparent())
     return _created(answer)
 
 
@@ -218,6 +269,12 @@ def confirm(reservation_id: str) -> Response:
 def cancel(reservation_id: str) -> Response:
     """Cancel a hold or a reservation."""
     return _change("cancel", booking.cancel, reservation_id)
+
+
+@blueprint.post("/reservations/<reservation_id>/extend")
+def extend(reservation_id: str) -> Response:
+    """Let a hold last longer."""
+    return _change("extend", partial(booking.extend, terms=service().terms), reservation_id)
 
 
 def reservation_uuid(text: str) -> UUID:
@@ -281,14 +338,25 @@ def body_of(model: type[Model]) -> Model:
     )
 
 
-def _idempotency_key(caller: str, operation: str, body: BaseModel) -> Key | None:
+def _check_count(location: str, count: int) -> None:
+    most = service().max_seats_per_request
+    if count > most:
+        raise problems.invalid(
+            [{"location": location, "message": f"at most {most} seats in one request"}]
+        )
+
+
+def _idempotency_key(
+    caller: str, operation: str, body: BaseModel, of: int | None = None
+) -> Key | None:
     key = request.headers.get("Idempotency-Key")
     if key is None:
         return None
     if not IDEMPOTENCY_KEY.fullmatch(key):
         raise problems.malformed("Idempotency-Key: expected 1 to 255 printable ASCII characters.")
-    # What the body says counts, not how it is spaced.
-    return Key(caller, operation, key, idempotency.fingerprint(body.model_dump_json().encode()))
+    # What the body says counts, not how it is spaced; and the object in the path.
+    said = body.model_dump_json() if of is None else f"{of} {body.model_dump_json()}"
+    return Key(caller, operation, key, idempotency.fingerprint(said.encode()))
 
 
 def _page(request: Request) -> Page:

@@ -1,9 +1,11 @@
 """The Flask application of one worker: routes, health, metrics, errors and security headers."""
 
 import time
+import traceback
 from datetime import timedelta
-from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import psycopg
 import structlog
@@ -11,10 +13,11 @@ from flask import Flask, Response, g, make_response, render_template, request
 from flask.sessions import SecureCookieSessionInterface
 from psycopg_pool import ConnectionPool
 from werkzeug.exceptions import HTTPException
+from werkzeug.routing import IntegerConverter
 
-from reservation_service import admin_api, api, metrics, pages, problems, sql
+from reservation_service import admin_api, api, metrics, openapi, pages, problems, sql
 from reservation_service.api import Service
-from reservation_service.config import Settings
+from reservation_service.config import Settings, is_loopback
 from reservation_service.database import Connection
 from reservation_service.problems import Problem
 
@@ -29,11 +32,23 @@ SECURITY_HEADERS = {
 }
 
 
+class _Id(IntegerConverter):
+    """Matches no more digits than an id has: what is longer is 404 for every method.
+
+    A number that matches and is over its maximum would be 405 where a path knows several methods.
+    """
+
+    regex = r"[0-9]{1,18}"
+
+
 class _GuestCookie(SecureCookieSessionInterface):
     """Marks the cookie Secure, except on a loopback address, where there is no TLS."""
 
     def get_cookie_secure(self, app: Flask) -> bool:  # noqa: ARG002 - Flask's signature
-        return not _is_loopback(request.host)
+        try:
+            return not is_loopback(urlsplit(f"//{request.host}").hostname or "")
+        except ValueError:  # whatever it is, it is no loopback address
+            return True
 
 
 def create_app(
@@ -63,15 +78,18 @@ def create_app(
         PERMANENT_SESSION_LIFETIME=timedelta(days=30),
     )
     app.session_interface = _GuestCookie()
+    app.url_map.converters["int"] = _Id
     app.extensions["reservation-service"] = Service.of(settings, pool)
     app.jinja_env.filters["money"] = pages.money
     app.jinja_env.filters["local_time"] = pages.local_time
     app.register_blueprint(api.blueprint)
     app.register_blueprint(admin_api.blueprint)
     app.register_blueprint(pages.blueprint)
+    app.register_blueprint(openapi.blueprint)
     _add_health(app, pool, outdated_schemas, metrics_directory)
     _add_observation(app)
     app.register_error_handler(Exception, _answer_error)
+    app.extensions["openapi"] = openapi.document(app, settings.max_seats_per_request)
     return app
 
 
@@ -83,10 +101,12 @@ def _add_health(
 ) -> None:
     @app.get("/healthz")
     def healthz() -> dict[str, str]:
+        """Say that it is alive."""
         return {"status": "alive"}
 
     @app.get("/readyz")
     def readyz() -> dict[str, str]:
+        """Say whether Postgres is reachable and migrated."""
         try:
             with pool.connection() as connection:
                 row = connection.execute(sql.SCHEMA_REVISION).fetchone()
@@ -98,6 +118,7 @@ def _add_health(
 
     @app.get("/metrics")
     def show_metrics() -> Response:
+        """Show the metrics of all workers."""
         text, content_type = metrics.render(metrics_directory)
         return Response(text, content_type=content_type)
 
@@ -147,8 +168,29 @@ def _problem_of(error: Exception) -> Problem:
     if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | psycopg.InternalError):
         log.warning("the database failed a request", error=type(error).__name__, path=request.path)
         return problems.unavailable("The database is not available. Please try again.")
-    log.error("a request failed", path=request.path, exc_info=error)
+    if isinstance(error, BlockingIOError):  # see slow_clients.py
+        return problems.malformed("The body did not arrive in time.")
+    log.error("a request failed", path=request.path, **_told(error))
     return Problem(500, "internal-error", "Something went wrong on our side.")
+
+
+def _told(error: BaseException) -> dict[str, Any]:
+    """Return what the log says of an unexpected error.
+
+    A database's message quotes the values that it refused: names, ids, whole rows. So of an error
+    that comes from there the log has where it happened, not what it says.
+    """
+    cause: BaseException | None = error
+    while cause:
+        if isinstance(cause, psycopg.Error):
+            return {
+                "error": type(cause).__name__,
+                "sqlstate": cause.sqlstate,
+                "constraint": cause.diag.constraint_name,
+                "frames": traceback.format_tb(error.__traceback__),
+            }
+        cause = cause.__cause__ or cause.__context__
+    return {"exc_info": error}
 
 
 def _of_http(error: HTTPException) -> Problem:
@@ -164,13 +206,3 @@ def _of_http(error: HTTPException) -> Problem:
     return Problem(
         status, words.get(status, "http-error"), error.description or error.name, headers
     )
-
-
-def _is_loopback(host: str) -> bool:
-    name = host.rsplit(":", 1)[0].strip("[]") if not host.endswith("]") else host.strip("[]")
-    if name == "localhost":
-        return True
-    try:
-        return ip_address(name).is_loopback
-    except ValueError:
-        return False

@@ -1,4 +1,4 @@
-"""Book, confirm and cancel: one Postgres transaction each, which writes its event.
+"""Book, confirm, extend and cancel: one Postgres transaction each, which writes its event.
 
 Guarantees:
 - Never two reservations with a live claim on one seat. Nothing is checked first and booked
@@ -48,10 +48,15 @@ class Order(NamedTuple):
 
 @dataclass(frozen=True)
 class Terms:
-    """The house's rules. `max_seats_per_customer` counts per performance; 0 is no limit."""
+    """The house's rules. `max_seats_per_customer` counts per performance; 0 is no limit.
+
+    `hold` is how long a hold lasts from now on, `hold_max` how long from its beginning, however
+    often it is extended.
+    """
 
     hold: timedelta
     max_seats_per_customer: int = 0
+    hold_max: timedelta = timedelta(minutes=30)
 
 
 class ReservationAnswer(msgspec.Struct, frozen=True):
@@ -74,6 +79,7 @@ class Stored(NamedTuple):
     reservation: Reservation
     owns_its_seats: bool
     performance_status: str
+    sale_ends_at: datetime
     now: datetime
 
 
@@ -137,6 +143,40 @@ def cancel(
         Problem: 404 none of this customer's; 409 it is expired, or the performance has begun.
     """
     return _change(connection, reservation_id, customer_id, "cancelled", traceparent)
+
+
+def extend(
+    connection: Connection,
+    reservation_id: UUID,
+    customer_id: str,
+    traceparent: str | None = None,
+    *,
+    terms: Terms,
+) -> Reservation:
+    """Let a hold last `terms.hold` from now; as it is when that would gain nothing.
+
+    Raises:
+        Problem: 404 none of this customer's; 409 it isn't held (any more).
+    """
+    with transaction(connection):
+        stored = _locked(connection, reservation_id, customer_id)
+        _check_held(stored, "extending it")
+        hold = stored.reservation
+        until = min(stored.now + terms.hold, hold.created_at + terms.hold_max, stored.sale_ends_at)
+        if hold.expires_at is None or until <= hold.expires_at:
+            return hold
+        extended = msgspec.structs.replace(hold, version=hold.version + 1, expires_at=until)
+        values = {
+            "reservation_id": reservation_id,
+            "version": extended.version,
+            "changed_at": stored.now,
+            "expires_at": until,
+            "seat_ids": [seat.seat_id for seat in hold.seats],
+        }
+        connection.execute(sql.EXTEND_RESERVATION, values)
+        connection.execute(sql.EXTEND_SEATS, values)
+        events.write_reservation(connection, extended, stored.now, traceparent)
+    return extended
 
 
 def find(connection: Connection, reservation_id: UUID, customer_id: str) -> Reservation:
@@ -317,32 +357,49 @@ def _change(
     traceparent: str | None,
 ) -> Reservation:
     with transaction(connection):
-        if wanted == "confirmed":
-            connection.execute(sql.LOCK_CUSTOMER_OF_RESERVATION, {"reservation_id": reservation_id})
-        locked = connection.execute(
-            sql.LOCK_RESERVATION, {"reservation_id": reservation_id, "customer_id": customer_id}
-        )
-        connection.execute(sql.LOCK_SEATS_OF_RESERVATIONS, {"reservation_ids": [reservation_id]})
-        stored = read(connection, [reservation_id])
-        if locked.fetchone() is None:
-            raise problems.not_found("reservation")
-        reservation = stored[0].reservation
+        stored = _locked(connection, reservation_id, customer_id, keep_count=wanted == "confirmed")
+        reservation = stored.reservation
         if reservation.status != wanted:
-            _check_change(stored[0], wanted)
-            reservation = apply(connection, reservation, wanted, stored[0].now, traceparent)
+            _check_change(stored, wanted)
+            reservation = apply(connection, reservation, wanted, stored.now, traceparent)
     return reservation
+
+
+def _locked(
+    connection: Connection, reservation_id: UUID, customer_id: str, *, keep_count: bool = True
+) -> Stored:
+    """Lock a reservation and its seats, then read it.
+
+    With `keep_count` nobody counts this customer's seats meanwhile: a hold that the count took for
+    expired must not live on.
+    """
+    if keep_count:
+        connection.execute(sql.LOCK_CUSTOMER_OF_RESERVATION, {"reservation_id": reservation_id})
+    locked = connection.execute(
+        sql.LOCK_RESERVATION, {"reservation_id": reservation_id, "customer_id": customer_id}
+    )
+    connection.execute(sql.LOCK_SEATS_OF_RESERVATIONS, {"reservation_ids": [reservation_id]})
+    stored = read(connection, [reservation_id])
+    if locked.fetchone() is None:
+        raise problems.not_found("reservation")
+    return stored[0]
+
+
+def _check_held(stored: Stored, action: str) -> None:
+    status = stored.reservation.status
+    if status != "held":
+        raise problems.state_forbids(status, action)
+    # Only a clock that was set back could show a hold alive whose seats are gone already.
+    if not stored.owns_its_seats:
+        raise problems.state_forbids("expired", action)
+    if stored.performance_status != "scheduled":
+        raise problems.state_forbids(status, f"{action} (the performance is cancelled)")
 
 
 def _check_change(stored: Stored, wanted: Literal["confirmed", "cancelled"]) -> None:
     status = stored.reservation.status
     if wanted == "confirmed":
-        if status != "held":
-            raise problems.state_forbids(status, "confirming it")
-        # Only a clock that was set back could show a hold alive whose seats are gone already.
-        if not stored.owns_its_seats:
-            raise problems.state_forbids("expired", "confirming it")
-        if stored.performance_status != "scheduled":
-            raise problems.state_forbids(status, "confirming it (the performance is cancelled)")
+        _check_held(stored, "confirming it")
     elif status == "expired":
         raise problems.state_forbids(status, "cancelling it")
     elif stored.reservation.performance.starts_at <= stored.now:
@@ -353,7 +410,7 @@ def _stored(row: tuple[Any, ...]) -> Stored:
     (reservation_id, customer_id, status, version, created_at, expires_at, amount, currency) = row[
         :8
     ]
-    concert, performance, seats, owns_its_seats, performance_status, now = row[8:]
+    concert, performance, seats, owns_its_seats, performance_status, sale_ends_at, now = row[8:]
     if status == "held" and expires_at <= now:
         status, expires_at = "expired", None
     reservation = Reservation(
@@ -369,4 +426,4 @@ def _stored(row: tuple[Any, ...]) -> Stored:
         performance=msgspec.json.decode(performance, type=PerformanceOfReservation),
         seats=msgspec.json.decode(seats, type=list[Seat]),
     )
-    return Stored(reservation, owns_its_seats, performance_status, now)
+    return Stored(reservation, owns_its_seats, performance_status, sale_ends_at, now)

@@ -1,4 +1,8 @@
-"""Who calls: a customer by JWT or by the page's signed cookie, or the admin by his token."""
+"""Who calls: a customer by JWT or by the page's signed cookie, or the admin by his token.
+
+Tokens are HS256 by the service's secret; with a key set (jwks.py) RS256 and ES256 too. Each
+algorithm has keys of its own: a token can't choose which key is used with which algorithm.
+"""
 
 import hmac
 import re
@@ -8,6 +12,7 @@ from typing import NamedTuple
 import jwt
 from flask import Request
 
+from reservation_service.jwks import ALGORITHMS, KeySet
 from reservation_service.problems import Problem, unauthenticated
 
 AUDIENCE = "reservation-service"
@@ -20,6 +25,7 @@ class Secrets(NamedTuple):
 
     secret_key: str
     admin_token: str | None
+    keys: KeySet | None = None
 
 
 def make_token(customer_id: str, secret_key: str, ttl_s: int) -> str:
@@ -83,14 +89,15 @@ def _is_admin(token: str, secrets: Secrets) -> bool:
 
 def _customer_of(token: str, secrets: Secrets) -> str:
     try:
+        algorithm, key = _key_of(token, secrets)
         claims = jwt.decode(
             token,
-            secrets.secret_key,
-            algorithms=["HS256"],
+            key,
+            algorithms=[algorithm],
             audience=AUDIENCE,
-            options={"require": ["exp", "sub", "aud"]},
+            options={"require": ["exp", "sub", "aud"], "enforce_minimum_key_length": True},
         )
-    except (jwt.InvalidTokenError, ValueError):
+    except (jwt.PyJWTError, ValueError, RecursionError):
         # Which check failed is of use only to somebody who forges.
         raise unauthenticated("The token is not valid.") from None
     customer_id = claims["sub"]
@@ -98,6 +105,23 @@ def _customer_of(token: str, secrets: Secrets) -> str:
     if type(claims["exp"]) not in {int, float} or not CUSTOMER_ID.fullmatch(customer_id):
         raise unauthenticated("The token is not valid.")
     return str(customer_id)
+
+
+def _key_of(token: str, secrets: Secrets) -> tuple[str, str | jwt.PyJWK]:
+    """Return the algorithm and the key that belong together; the token only says which pair.
+
+    Raises:
+        jwt.InvalidTokenError: there is no such pair.
+    """
+    header = jwt.get_unverified_header(token)
+    algorithm: str = header.get("alg", "")
+    if algorithm == "HS256":
+        return algorithm, secrets.secret_key
+    if secrets.keys and algorithm in ALGORITHMS.values():
+        key = secrets.keys.find(header.get("kid"), algorithm)
+        if key:
+            return algorithm, key
+    raise jwt.InvalidTokenError
 
 
 def _same_origin(request: Request) -> bool:

@@ -6,12 +6,14 @@ holds a value, because the value may be a secret.
 """
 
 import os
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
+import jwt
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, HttpUrl, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 SECRETS = (
@@ -21,7 +23,21 @@ SECRETS = (
     "RESERVATION_ADMIN_TOKEN",
 )
 SECRET_KEY_MIN_BYTES = 32
+ADMIN_TOKEN_MIN_BYTES = 16
+DISTINCT_CHARACTERS_MIN = 8
+# By chance in one random secret of a million at most.
+WORDS_OF_EXAMPLES = ("change", "default", "example", "insecure", "password", "secret", "123456")
 SECRET_FILE_MAX_BYTES = 16_384
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches that name or address."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class ConfigurationError(Exception):
@@ -39,6 +55,8 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = Field(None, alias="RESERVATION_DATABASE_URL")
     secret_key: SecretStr | None = Field(None, alias="RESERVATION_SECRET_KEY")
     admin_token: SecretStr | None = Field(None, alias="RESERVATION_ADMIN_TOKEN")
+    jwks_url: HttpUrl | None = Field(None, alias="RESERVATION_JWKS_URL")
+    jwks_file: Path | None = Field(None, alias="RESERVATION_JWKS_FILE")
     hold_seconds: int = Field(600, alias="RESERVATION_HOLD_SECONDS", ge=1, le=86_400)
     hold_max_seconds: int = Field(1800, alias="RESERVATION_HOLD_MAX_SECONDS", ge=1, le=86_400)
     # Bounded, because an event holds all seats of its reservation and must fit its topic.
@@ -59,6 +77,22 @@ class Settings(BaseSettings):
     def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
         if value and len(value.get_secret_value().encode()) < SECRET_KEY_MIN_BYTES:
             raise ValueError(f"expected at least {SECRET_KEY_MIN_BYTES} bytes")
+        return value
+
+    @field_validator("jwks_file")
+    @classmethod
+    def _a_key_set(cls, value: Path | None, others: ValidationInfo) -> Path | None:
+        if value and others.data.get("jwks_url"):
+            raise ValueError("expected this or RESERVATION_JWKS_URL, not both")
+        if value:
+            from reservation_service import jwks  # noqa: PLC0415 - few need the cryptography
+
+            try:
+                jwks.read(value)
+            except (jwt.PyJWTError, OSError, ValueError):
+                raise ValueError(
+                    "expected a readable JSON Web Key Set of RSA or P-256 keys"
+                ) from None
         return value
 
     @field_validator("owner_database_url", "database_url")
@@ -86,6 +120,27 @@ class Settings(BaseSettings):
             }[field]
             raise ConfigurationError(f"{name} is not set; expected {expected} (or {name}_FILE)")
         return secret.get_secret_value()
+
+    def check_for_strangers(self) -> None:
+        """Refuse secrets that others may know, before the service can be reached by others.
+
+        Raises:
+            ConfigurationError: a secret is too short, or is like those in examples.
+        """
+        for name, secret, least in (
+            ("RESERVATION_SECRET_KEY", self.secret_key, SECRET_KEY_MIN_BYTES),
+            ("RESERVATION_ADMIN_TOKEN", self.admin_token, ADMIN_TOKEN_MIN_BYTES),
+        ):
+            text = secret.get_secret_value() if secret else None
+            if text is not None and (
+                len(text.encode()) < least
+                or len(set(text)) < DISTINCT_CHARACTERS_MIN
+                or any(word in text.lower() for word in WORDS_OF_EXAMPLES)
+            ):
+                raise ConfigurationError(
+                    f"{name}: expected at least {least} random bytes, not an example, to listen "
+                    "on another than a loopback address (openssl rand -base64 32)"
+                )
 
 
 def load() -> Settings:

@@ -22,6 +22,7 @@ TYPES: dict[Status, str] = {
     "cancelled": "reservation.cancelled",
     "expired": "reservation.expired",
 }
+EXTENDED = "reservation.extended"
 ConcertEventType = Literal["concert.published", "concert.changed"]
 
 
@@ -118,11 +119,13 @@ def write_reservation(
     connection: Connection, reservation: Reservation, happened_at: datetime, traceparent: str | None
 ) -> None:
     """Write the event of a reservation's newest change. The caller holds its row's lock."""
+    # What is held still, after another change, was extended.
+    still_held = reservation.status == "held" and reservation.version > 1
     _write(
         connection,
         topic=RESERVATION_TOPIC,
         subject=reservation.reservation_id,
-        kind=TYPES[reservation.status],
+        kind=EXTENDED if still_held else TYPES[reservation.status],
         schema="urn:concert-reservation:schema:reservation-event:1",
         happened_at=happened_at,
         data=reservation,

@@ -27,7 +27,7 @@ REQUEST_SECONDS = Histogram(
 )
 CHANGES = Counter(
     "reservation_changes",
-    "Calls that book, confirm or cancel, by what came of them (a status code for refusals).",
+    "Calls that change a reservation, by what came of them (a status code for refusals).",
     ["action", "outcome"],
 )
 

@@ -5,9 +5,76 @@
 
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
+
+SEATS_UNAVAILABLE = "seats-unavailable"
+
+
+class Kind(NamedTuple):
+    """A kind of problem: its HTTP status, and what it means to the caller."""
+
+    status: int
+    meaning: str
+
+
+# These words never change; a new kind gets a new one.
+KINDS = {
+    "malformed-request": Kind(
+        400, "It can't be read: no JSON, or a limit, cursor or Idempotency-Key of the wrong form."
+    ),
+    "unauthenticated": Kind(401, "No caller, or one whose token or cookie is not valid."),
+    "forbidden": Kind(403, "The caller is known and may not do this."),
+    "not-found": Kind(404, "There is no such thing, or it is somebody else's."),
+    "method-not-allowed": Kind(405, "The path knows other methods: see Allow."),
+    SEATS_UNAVAILABLE: Kind(
+        409, "Seats are taken, blocked or of another performance; nothing was reserved."
+    ),
+    "not-on-sale": Kind(409, "The performance is cancelled, past or outside its sales window."),
+    "customer-limit": Kind(
+        409, "The customer would have more seats of the performance than one may."
+    ),
+    "wrong-state": Kind(409, "The reservation's state, given as `status`, forbids the call."),
+    "request-in-flight": Kind(
+        409, "The first request with this Idempotency-Key is not answered yet: see Retry-After."
+    ),
+    "too-large": Kind(413, "The body is larger than the call takes."),
+    "invalid-body": Kind(422, "The body doesn't match the schema; `errors` says where."),
+    "event-too-large": Kind(422, "The concert's event would be larger than its topic takes."),
+    "key-reused": Kind(422, "This Idempotency-Key was used with another body."),
+    "too-many-writes": Kind(
+        429, "The customer's writes of this minute are used up: see Retry-After."
+    ),
+    "internal-error": Kind(500, "A fault of the service."),
+    "unavailable": Kind(
+        503, "The database is away, or too many want the same at once: see Retry-After."
+    ),
+    "http-error": Kind(400, "Whatever else the web server refuses; `status` tells it apart."),
+}
+
+STATES = ["held", "confirmed", "cancelled", "expired"]
+SCHEMA: dict[str, Any] = {
+    "title": "Problem",
+    "description": "RFC 9457. With `wrong-state`, `status` is the reservation's state.",
+    "type": "object",
+    "required": ["type", "title", "status", "detail"],
+    "properties": {
+        "type": {"enum": list(KINDS)},
+        "title": {"type": "string"},
+        "status": {"anyOf": [{"type": "integer"}, {"enum": STATES}]},
+        "detail": {"type": "string", "description": "One sentence for a person."},
+        "unavailable_seats": {"type": "array", "items": {"type": "integer"}},
+        "errors": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["location", "message"],
+                "properties": {"location": {"type": "string"}, "message": {"type": "string"}},
+            },
+        },
+    },
+}
 
 
 class Problem(Exception):  # noqa: N818 - RFC 9457's word for it
@@ -30,6 +97,7 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's word for it
         members: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(detail)
+        assert type_ in KINDS, type_  # noqa: S101 - the words are a promise
         self.status = status
         self.type = type_
         self.detail = detail
@@ -65,7 +133,7 @@ def seats_unavailable(
     """Somebody else has these seats, or they aren't for sale in this performance."""
     return Problem(
         409,
-        "seats-unavailable",
+        SEATS_UNAVAILABLE,
         detail,
         members={"unavailable_seats": sorted(seat_ids)},
     )

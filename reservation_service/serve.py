@@ -17,11 +17,11 @@ from flask import Flask
 from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
 from gunicorn.config import Config  # type: ignore[import-untyped]
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
-from gunicorn.workers.gthread import ThreadWorker  # type: ignore[import-untyped]
 
 import migrations
-from reservation_service.config import Settings
+from reservation_service.config import Settings, is_loopback
 from reservation_service.database import make_pool
+from reservation_service.slow_clients import Worker
 
 THREADS_PER_WORKER = 8
 GRACEFUL_TIMEOUT_S = 8
@@ -42,7 +42,7 @@ class _JsonLogger(Logger):  # type: ignore[misc]
             logger.propagate = True
 
 
-class _Worker(ThreadWorker):  # type: ignore[misc]
+class _Worker(Worker):
     """Stops listening before it finishes what is in flight, not after.
 
     Else clients that reconnect during the drain wait in the backlog and are reset at its end.
@@ -53,6 +53,7 @@ class _Worker(ThreadWorker):  # type: ignore[misc]
     def set_accept_enabled(self, enabled: bool) -> None:  # noqa: FBT001 - gunicorn's signature
         super().set_accept_enabled(enabled)
         if not enabled and not self.alive:
+            self.hurry()
             for listener in self.sockets:
                 while select.select([listener], [], [], 0)[0]:
                     self.accept(listener)  # who waits already is still served
@@ -96,6 +97,8 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> None:
     """
     settings.required("database_url")
     settings.required("secret_key")
+    if not is_loopback(host):
+        settings.check_for_strangers()
     folder = tempfile.mkdtemp(prefix="reservation-service-metrics-")
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
     options = {

@@ -91,6 +91,25 @@ FROM seats WHERE performance_id = %(performance_id)s
 ORDER BY seat_id
 """
 
+# A letter a seat: the first ones of READ_SEATS' words, in its order.
+READ_SEAT_STATES = """
+SELECT c.version, (
+    SELECT string_agg(
+        CASE WHEN blocked THEN 'b'
+            WHEN claimed_until = 'infinity' THEN 'r'
+            WHEN claimed_until > statement_timestamp() THEN 'h'
+            ELSE 'a' END, '' ORDER BY seat_id)
+    FROM seats WHERE performance_id = %(performance_id)s
+)
+FROM performances AS p JOIN concerts AS c USING (concert_id)
+WHERE p.performance_id = %(performance_id)s
+"""
+
+READ_VERSION_OF_CONCERT = """
+SELECT c.version FROM performances AS p JOIN concerts AS c USING (concert_id)
+WHERE p.performance_id = %(performance_id)s
+"""
+
 COUNT_CONCERTS_TO_BOOK = """
 SELECT count(*) FROM concerts AS c CROSS JOIN LATERAL (
     SELECT * FROM performances WHERE concert_id = c.concert_id
@@ -277,6 +296,33 @@ SELECT %(reservation_id)s::uuid, seat_id, section, "row", number, price
 FROM seats WHERE seat_id = ANY(%(seat_ids)s::bigint[])
 """
 
+# ---- best available
+
+# A row of the plan each, in its order: (section, lowest and highest number, numbers and ids of the
+# free seats, in no order).
+READ_FREE_SEATS = """
+SELECT section, min(number), max(number),
+    array_agg(number) FILTER (WHERE free), array_agg(seat_id) FILTER (WHERE free)
+FROM (
+    SELECT seat_id, section, "row", number, NOT blocked
+        AND (claimed_until IS NULL OR claimed_until <= statement_timestamp()) AS free
+    FROM seats WHERE performance_id = %(performance_id)s
+) AS seats
+GROUP BY section, "row"
+ORDER BY min(seat_id)
+"""
+
+# Locks of the session, tried and never waited for. Returns the seats that another session has.
+ANNOUNCE_SEATS = """
+SELECT seat_id FROM unnest(%(seat_ids)s::bigint[]) AS seat_id
+WHERE NOT pg_try_advisory_lock(hashtextextended('best-available ' || seat_id::text, 0))
+"""
+
+UNANNOUNCE_SEATS = """
+SELECT pg_advisory_unlock(hashtextextended('best-available ' || seat_id::text, 0))
+FROM unnest(%(seat_ids)s::bigint[]) AS seat_id
+"""
+
 # ---- changes of a reservation
 
 LOCK_RESERVATION = """
@@ -308,7 +354,8 @@ SELECT r.reservation_id, r.customer_id, r.status, r.version, r.created_at, r.exp
         SELECT FROM reservation_seats AS s JOIN seats USING (seat_id)
         WHERE s.reservation_id = r.reservation_id
             AND seats.reservation_id IS DISTINCT FROM r.reservation_id
-    ) AS owns_its_seats, p.status AS performance_status, clock_timestamp() AS now
+    ) AS owns_its_seats, p.status AS performance_status,
+    least(p.sales_close_at, p.starts_at) AS sale_ends_at, clock_timestamp() AS now
 FROM reservations AS r
 JOIN performances AS p USING (performance_id)
 JOIN concerts AS c USING (concert_id)
@@ -327,6 +374,17 @@ CHANGE_RESERVATION = """
 UPDATE reservations SET status = %(status)s, version = %(version)s, expires_at = NULL,
     updated_at = %(changed_at)s
 WHERE reservation_id = %(reservation_id)s
+"""
+
+EXTEND_RESERVATION = """
+UPDATE reservations SET version = %(version)s, expires_at = %(expires_at)s,
+    updated_at = %(changed_at)s
+WHERE reservation_id = %(reservation_id)s
+"""
+
+EXTEND_SEATS = """
+UPDATE seats SET claimed_until = %(expires_at)s
+WHERE seat_id = ANY(%(seat_ids)s::bigint[]) AND reservation_id = %(reservation_id)s
 """
 
 # A seat that somebody else has taken since is not touched.

@@ -200,7 +200,7 @@ def test_malformed_json_is_400(client: FlaskClient, body: str | bytes) -> None:
         ({"seat_ids": []}, "seat_ids"),
         ({"seat_ids": [1, 1]}, "seat_ids"),
         ({"seat_ids": ["1"]}, "seat_ids.0"),
-        ({"seat_ids": [0]}, "seat_ids"),
+        ({"seat_ids": [0]}, "seat_ids.0"),
         ({"seat_ids": list(range(1, 12))}, "seat_ids"),
         ({"seat_ids": 1}, "seat_ids"),
         ({"confirm": "yes"}, "confirm"),

@@ -3,6 +3,7 @@
 import random
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -89,6 +90,16 @@ class Bookings(RuleBasedStateMachine):
     def cancel(self, reservation_id: str) -> None:
         self.change(reservation_id, "cancel", "cancelled", {"held", "confirmed"})
 
+    @rule(reservation_id=made)
+    def extend(self, reservation_id: str) -> None:
+        one = self.model[reservation_id]
+        answer = self.post(f"/reservations/{reservation_id}/extend", one["customer"])
+        if one["status"] == "held":
+            one["version"] += 1
+            assert (answer.status_code, answer.json["version"]) == (200, one["version"])
+        else:
+            assert answer.status_code == 409
+
     def change(self, reservation_id: str, action: str, wanted: str, allowed: set[str]) -> None:
         one = self.model[reservation_id]
         answer = self.post(f"/reservations/{reservation_id}/{action}", one["customer"])
@@ -174,7 +185,9 @@ def test_any_mix_of_calls_at_once_never_overbooks_or_deadlocks(house: House, see
                     assert problem.status == 409, problem  # noqa: PT017
 
     def act(connection: Any, dice: random.Random) -> None:
-        action = dice.choice(["book", "book", "hold", "hold", "confirm", "cancel", "sweep"])
+        action = dice.choice(
+            ["book", "book", "hold", "hold", "confirm", "cancel", "extend", "sweep"]
+        )
         if action in {"book", "hold"}:
             wanted = dice.sample(house.seat_ids[:6], dice.randint(1, 4))
             terms = Terms(dice.choice([hold, timedelta(minutes=1)]))
@@ -186,8 +199,12 @@ def test_any_mix_of_calls_at_once_never_overbooks_or_deadlocks(house: House, see
         elif known:
             # Of the newest few, else hardly anybody meets.
             reservation_id = UUID(dice.choice(known[-6:]))
-            change = booking.confirm if action == "confirm" else booking.cancel
-            change(connection, reservation_id, "ann")
+            changes: dict[str, Any] = {
+                "confirm": booking.confirm,
+                "cancel": booking.cancel,
+                "extend": partial(booking.extend, terms=Terms(hold)),
+            }
+            changes[action](connection, reservation_id, "ann")
 
     with ThreadPoolExecutor(workers) as pool:
         for done in [pool.submit(work, number) for number in range(workers)]:

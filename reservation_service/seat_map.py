@@ -1,0 +1,101 @@
+"""The seats of a performance, for everybody who looks at them again and again.
+
+Guarantees:
+- A tag stands for what is shown: the status of every seat at this moment by Postgres' clock, and
+  the version of the concert. So a hold that runs out by the clock alone changes it, and so does a
+  change that commits; nobody who writes has anything to do for it.
+- A body and its tag come from the same look at the seats. (Else a state that comes back, a hold
+  that is cancelled say, would be "not modified" for somebody who was shown what lay between.)
+
+The tag alone costs one statement that returns a letter a seat. Compressed bodies are kept by their
+tags: a state that many ask for is written once by each worker.
+"""
+
+import gzip
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import msgspec
+
+from reservation_service import catalogue, problems, sql
+from reservation_service.database import Connection
+
+KEPT_BODIES = 16
+COMPRESSION_LEVEL = 5
+
+
+class Shown(NamedTuple):
+    """A state of the seats: its tag and its JSON, compressed; None for who knows it already."""
+
+    tag: str
+    body: bytes | None
+
+
+class SeatMaps:
+    """The latest bodies of a worker; safe to share between its threads."""
+
+    def __init__(self) -> None:
+        self._bodies: OrderedDict[str, bytes] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def show(
+        self, connection: Connection, performance_id: int, is_known: Callable[[str], bool]
+    ) -> Shown:
+        """Return what a performance's seats look like now.
+
+        Raises:
+            Problem: 404.
+        """
+        tag = read_tag(connection, performance_id)
+        if is_known(tag):
+            return Shown(tag, None)
+        with self._lock:
+            body = self._bodies.get(tag)
+        if body is None:
+            tag, body = read_body(connection, performance_id)
+            self._keep(tag, body)
+        return Shown(tag, body)
+
+    def _keep(self, tag: str, body: bytes) -> None:
+        with self._lock:
+            self._bodies[tag] = body
+            while len(self._bodies) > KEPT_BODIES:
+                self._bodies.popitem(last=False)
+
+
+def read_tag(connection: Connection, performance_id: int) -> str:
+    """Return the tag of what is shown at this moment.
+
+    Raises:
+        Problem: 404.
+    """
+    wanted = {"performance_id": performance_id}
+    found = connection.execute(sql.READ_SEAT_STATES, wanted).fetchone()
+    if found is None:
+        raise problems.not_found("performance")
+    return _tag(performance_id, *found)
+
+
+def read_body(connection: Connection, performance_id: int) -> tuple[str, bytes]:
+    """Return what is shown at this moment, compressed, with its tag.
+
+    Raises:
+        Problem: 404.
+    """
+    with connection.pipeline():
+        # Before the seats: a version that is too old only costs a poll its 304.
+        wanted = {"performance_id": performance_id}
+        version = connection.execute(sql.READ_VERSION_OF_CONCERT, wanted)
+        seats = catalogue.read_seats(connection, performance_id)
+    (number,) = version.fetchone() or (0,)
+    letters = "".join(seat.status[0] for seat in seats.seats)
+    body = gzip.compress(msgspec.json.encode(seats), COMPRESSION_LEVEL, mtime=0)
+    return _tag(performance_id, number, letters), body
+
+
+def _tag(performance_id: int, version: int, letters: str) -> str:
+    told = f"{performance_id} {version} {letters}".encode()
+    return hashlib.blake2b(told, digest_size=16).hexdigest()
