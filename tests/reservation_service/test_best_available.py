@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from flask.testing import FlaskClient
 
-from reservation_service import best_available, booking, problems
+from reservation_service import best_available, booking, problems, sql
 from reservation_service.best_available import Row, choose
 from reservation_service.booking import Terms
 from tests.reservation_service.conftest import MakeClient, Serve
@@ -225,3 +225,18 @@ def test_the_plan_s_order_is_what_the_admin_published(house: House, client: Flas
     ]
     names = "SELECT section, row, number FROM seats WHERE seat_id = %s"
     assert house.execute(names, choose(rows, 1)[0]) == [{"section": "Z", "row": "B", "number": 2}]
+
+
+def test_seats_that_somebody_is_about_to_book_are_left_to_him_while_there_are_others(
+    house: House, client: FlaskClient
+) -> None:
+    best = [seat["seat_id"] for seat in ask(client, house, 2).json["seats"]]
+    house.execute("UPDATE seats SET reservation_id = NULL, claimed_until = NULL")
+    with house.connect() as other:
+        other.execute(sql.ANNOUNCE_SEATS, {"seat_ids": best})
+        given = [seat["seat_id"] for seat in ask(client, house, 2).json["seats"]]
+        assert set(given).isdisjoint(best)
+        # He may think better of it: the last seats are not refused because of him.
+        for _ in range(2):
+            assert ask(client, house, 8).status_code == 201
+        assert ask(client, house, 2).status_code == 201
