@@ -107,7 +107,7 @@ def test_a_cancelled_performance_takes_nothing_any_more(house: House, client: Fl
         refused = client.post("/api/reservations", json=order, headers=bearer("bob"))
         assert (refused.status_code, refused.json["type"]) == (409, "not-on-sale")  # type: ignore[index]
     for reservation_id in ids:
-        for action in ("confirm",):
+        for action in ("confirm", "extend"):
             answer = client.post(
                 f"/api/reservations/{reservation_id}/{action}", headers=bearer("ann")
             )
