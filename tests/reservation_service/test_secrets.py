@@ -1,10 +1,15 @@
 """Secrets that others may know are refused before others can reach the service."""
 
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import jwt
 import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from jwt.algorithms import RSAAlgorithm
 
 from reservation_service import config, jwks
 from reservation_service.config import ConfigurationError, Settings
@@ -105,3 +110,41 @@ def test_a_provider_that_is_away_is_not_asked_for_every_token(
     keys = KeySet("http://127.0.0.1:1/keys")
     assert [keys.find(f"k{number}", "RS256") for number in range(50)] == [None] * 50
     assert len(asked) == 1
+
+
+def test_keys_by_http_are_fetched_when_an_unknown_one_comes_and_outlive_their_provider(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def told(key_id: str) -> dict[str, Any]:
+        public: dict[str, Any] = json.loads(
+            RSAAlgorithm.to_jwk(rsa.generate_private_key(65_537, 2_048).public_key())
+        )
+        return public | {"kid": key_id}
+
+    keys = [told("old"), told("another") | {"use": "enc"}]
+
+    class Provider(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"keys": keys}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(jwks, "URL_RETRY_S", 0.0)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Provider) as server:
+        threading.Thread(target=server.serve_forever).start()
+        key_set = KeySet(f"http://127.0.0.1:{server.server_port}/keys")
+        assert key_set.find("old", "RS256")
+        assert key_set.find("old", "ES256") is None
+        assert key_set.find("another", "RS256") is None, "it is not for signatures"
+        assert key_set.find(None, "RS256"), "the only one needs no name"
+        keys[:] = [told("new"), told("newer")]
+        assert key_set.find("new", "RS256")
+        assert key_set.find("old", "RS256") is None
+        assert key_set.find(None, "RS256") is None, "which of the two?"
+        server.shutdown()
+    assert key_set.find("newer", "RS256")
+    assert key_set.find("unknown", "RS256") is None
+    assert key_set.find("new", "RS256")
