@@ -1,6 +1,9 @@
 """Changes of the catalogue: what they do, whom they disturb, and the events that tell of them."""
 
+import os
 import random
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -263,3 +266,27 @@ def test_only_the_admin_changes_the_catalogue_and_only_what_there_is(
         for headers, status in (({}, 401), (bearer("ann"), 403), (ADMIN, 404)):
             answer = client.open(path.format(10**6), method=method, json=body, headers=headers)
             assert (answer.status_code, answer.mimetype) == (status, "application/problem+json")
+
+
+def test_seats_are_blocked_and_released_on_the_command_line(house: House) -> None:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "reservation_service", "block-seats", *map(str, arguments)],
+            env=os.environ | house.environment | {"TRACEPARENT": TRACEPARENT},
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    one, other = house.seat_ids[:2]
+    assert run(house.performance_id, one, other) == (0, "2 seats blocked\n", "")
+    assert told(house)[-1]["traceparent"] == TRACEPARENT
+    assert run(house.performance_id, one, "--release") == (0, "1 seats released\n", "")
+    code, _, said = run(house.performance_id, one, 10**9)
+    assert (code, len(said.splitlines())) == (1, 1)
+    assert f"Seats: {10**9}" in said
+    assert run(10**9, one)[0] == 1
+    assert run(house.performance_id)[0] == 2
+    assert len(told(house)) == 3
