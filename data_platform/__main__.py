@@ -37,7 +37,7 @@ from data_platform.health import Health
 from data_platform.loader import Loader
 from data_platform.rebuild import RebuildRefusedError, Rebuilt
 from data_platform.rebuild import rebuild as make_again
-from data_platform.reconcile import NotComparableError, Sources
+from data_platform.reconcile import Sources
 from data_platform.reconcile import reconcile as run_reconcile
 from data_platform.status import Status, read_status
 from data_platform.topics import Topics
@@ -368,12 +368,9 @@ def reconcile(*, as_json: bool, without_service: bool, interval_s: float | None)
         if interval_s is not None:
             reconcile_loop.run(compare, interval_s, settings.metrics_host, settings.metrics_port)
             return
-        try:
-            report = compare()
-        except NotComparableError as error:
-            raise CommandError(str(error)) from error
+        report = compare()
     click.echo(json.dumps(report.as_json()) if as_json else report.in_words(SHOWN_DIFFERENCES))
-    sys.exit(1 if report.found else 0)
+    sys.exit(0 if report.good else 1)
 
 
 def _sources(settings: config.ReconcileSettings, *, without_service: bool) -> Sources:

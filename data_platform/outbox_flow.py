@@ -7,6 +7,7 @@ from data_platform import sql_reconcile as sql
 from data_platform.loader import Connection
 
 CHUNK_ROWS = 5_000
+CHUNK_CHARACTERS = 2**24
 
 
 class Outbox:
@@ -45,6 +46,7 @@ class Outbox:
             "after": -1,
             "until": row[0] if row else 0,
             "limit": CHUNK_ROWS,
+            "characters": CHUNK_CHARACTERS,
         }
         while rows := self._connection.execute(sql.PUBLISHED, place).fetchall():
             yield rows

@@ -5,7 +5,8 @@ tables with each other, each record of the topic with its fact, and each fact wi
 on its way is no difference: whatever differs is looked at again, upstream first, and what is found
 unpublished in the outbox or not yet loaded in the topic is left out. Memory is bounded, whatever
 the size: ranges are compared by sums of hashes, and only where these differ row by row. What the
-outbox's retention dropped, and a record that came twice, are no differences.
+outbox's retention dropped, and a record that came twice, are no differences. Of tables in great
+disorder, or far behind, the first SUSPECTS_LIMIT reservations are examined and the others counted.
 """
 
 import time
@@ -29,19 +30,16 @@ RANGE_RESERVATIONS = 5_000
 CONCERTS = 500
 # Of a table in disorder not every row is kept.
 NAMED_DIFFERENCES = 1_000
-# Reservations that are looked at again, and so many at a time.
+# Reservations that are looked at again, and so many at a time: for each time what isn't loaded yet
+# is read, all of it.
 SUSPECTS_LIMIT = 100_000
-SUSPECTS_AT_ONCE = 1_000
+SUSPECTS_AT_ONCE = 5_000
 ROWS_LIMIT = 4 * RANGE_RESERVATIONS
 # A reservation that changes while we look is looked at again.
 ROUNDS = 5
 FIRST, LAST, LAST_ID = "", "\U0010ffff", 2**63 - 1
 
 log = structlog.get_logger()
-
-
-class NotComparableError(Exception):
-    """Too much is on its way, or too much differs, to say anything in bounded memory."""
 
 
 @dataclass
@@ -53,14 +51,21 @@ class Report:
             there on one may count twice.
         compared: how many of what was looked at.
         in_flight: changes that were on their way.
+        unexamined: so many more reservations, at least, differ or are on their way.
     """
 
     compared: dict[str, int] = field(default_factory=dict)
     in_flight: int = 0
     found: int = 0
+    unexamined: int = 0
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing differs, for sure."""
+        return not self.found and not self.unexamined
 
     def add(self, difference: Difference) -> None:
         """Take a difference down, once: outbox, topic and service may all tell of it."""
@@ -83,6 +88,11 @@ class Report:
         lines = [found.in_words() for found in self.differences[:shown]]
         if self.found > len(lines):
             lines.append(f"and {self.found - len(lines)} more (--json shows {NAMED_DIFFERENCES})")
+        if self.unexamined:
+            lines.append(
+                f"and {self.unexamined} more reservations differ or are on their way: the first "
+                f"{SUSPECTS_LIMIT} were examined; let the workers catch up, or see `rebuild`"
+            )
         lines += [f"note: {note}" for note in self.notes]
         compared = ", ".join(f"{count} {what}" for what, count in self.compared.items())
         lines.append(
@@ -116,7 +126,6 @@ def reconcile(
     """Compare everything once.
 
     Raises:
-        NotComparableError: it can't be said in bounded memory.
         KafkaTroubleError, KafkaException, psycopg.Error: a part can't be read.
     """
     began_at = time.monotonic()
@@ -213,7 +222,7 @@ class _Known:
 
 def _compare_service(flow: _Flow, report: Report) -> None:
     """Compare ranges of reservations by sums of hashes; look at the rows where these differ."""
-    suspects: set[str] = set()
+    suspects: list[str] = []
     after = FIRST
     while True:
         until, count, *sums = _one(
@@ -221,20 +230,18 @@ def _compare_service(flow: _Flow, report: Report) -> None:
         )
         last = count < RANGE_RESERVATIONS
         place = {"after": after, "until": LAST if last else until}
-        if [count, *sums] != list(_one(flow.tables, sql.TABLES_RANGE, place)):
-            suspects |= _unlike(flow, place, None)
-        if len(suspects) > SUSPECTS_LIMIT:
-            raise NotComparableError(
-                f"more than {SUSPECTS_LIMIT} reservations differ or are on their way: let the "
-                "workers catch up, or see `rebuild`"
-            )
+        known_count, *known_sums = _one(flow.tables, sql.TABLES_RANGE, place)
+        if [count, *sums] != [known_count, *known_sums]:
+            unlike = _unlike(flow, place)
+            room = SUSPECTS_LIMIT - len(suspects)
+            suspects += unlike[:room]
+            report.unexamined += len(unlike[room:]) + max(0, known_count - ROWS_LIMIT)
         report.count("reservations", count)
         if last:
             break
         after = until
-    ordered = sorted(suspects)
-    for at in range(0, len(ordered), SUSPECTS_AT_ONCE):
-        _judge(flow, set(ordered[at : at + SUSPECTS_AT_ONCE]), report)
+    for at in range(0, len(suspects), SUSPECTS_AT_ONCE):
+        _judge(flow, set(suspects[at : at + SUSPECTS_AT_ONCE]), report)
 
 
 def _one(connection: Connection, statement: str, parameters: Mapping[str, Any]) -> Sequence[Any]:
@@ -266,24 +273,20 @@ HEX = frozenset("0123456789abcdef")
 
 
 def _known(flow: _Flow, place: Mapping[str, Any], ids: Sequence[str] | None) -> dict[str, _Known]:
-    """What the tables say."""
+    """What the tables say of the first ROWS_LIMIT reservations; the service has fewer there."""
     rows = flow.tables.execute(
         sql.TABLES_ROWS, {**place, "ids": None if ids is None else list(ids), "limit": ROWS_LIMIT}
-    ).fetchall()
-    if len(rows) == ROWS_LIMIT:
-        raise NotComparableError(
-            f"the tables have {ROWS_LIMIT} or more reservations between {place['after']!r} and "
-            f"{place['until']!r}, where the service has {RANGE_RESERVATIONS} at most"
-        )
+    )
     return {
         key: _Known(None if state["version"] is None else state, versions)
         for key, state, versions in rows
     }
 
 
-def _unlike(flow: _Flow, place: Mapping[str, Any], ids: Sequence[str] | None) -> set[str]:
-    told, known = _told(flow, place, ids), _known(flow, place, ids)
-    return {key for key in told.keys() | known.keys() if not _same(told.get(key), known.get(key))}
+def _unlike(flow: _Flow, place: Mapping[str, Any]) -> list[str]:
+    told, known = _told(flow, place, None), _known(flow, place, None)
+    keys = sorted(told.keys() | known.keys())
+    return [key for key in keys if not _same(told.get(key), known.get(key))]
 
 
 def _same(told: Mapping[str, Any] | None, known: _Known | None) -> bool:

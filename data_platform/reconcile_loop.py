@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_serv
 
 from data_platform.config import ConfigurationError
 from data_platform.errors import KafkaTroubleError, told
-from data_platform.reconcile import NotComparableError, Report
+from data_platform.reconcile import Report
 
 LOGGED_DIFFERENCES = 20
 
@@ -30,7 +30,13 @@ def run(compare: Callable[[], Report], interval_s: float, host: str, port: int) 
         ConfigurationError: the port can't be had.
     """
     registry = CollectorRegistry()
-    names = ("differences", "in_flight", "last_run_timestamp_seconds", "duration_seconds")
+    names = (
+        "differences",
+        "unexamined",
+        "in_flight",
+        "last_run_timestamp_seconds",
+        "duration_seconds",
+    )
     gauges = {
         name: Gauge(f"data_platform_reconcile_{name}", "Of the last comparison", registry=registry)
         for name in names
@@ -52,12 +58,13 @@ def run(compare: Callable[[], Report], interval_s: float, host: str, port: int) 
     while True:
         try:
             report = compare()
-        except (NotComparableError, KafkaTroubleError, KafkaException, psycopg.Error) as error:
+        except (KafkaTroubleError, KafkaException, psycopg.Error) as error:
             log.warning("reconcile_failed", cause=told(error))
             failures.inc()
         else:
             _tell(report)
             gauges["differences"].set(report.found)
+            gauges["unexamined"].set(report.unexamined)
             gauges["in_flight"].set(report.in_flight)
             gauges["duration_seconds"].set(report.seconds)
             gauges["last_run_timestamp_seconds"].set(time.time())
@@ -69,4 +76,10 @@ def _tell(report: Report) -> None:
     for found in report.differences[:LOGGED_DIFFERENCES]:
         # Without the values: a log is read by more people than the tables.
         log.warning("difference", what=found.what, where=found.where, key=found.key)
-    log.info("reconciled", differences=report.found, in_flight=report.in_flight, **report.compared)
+    log.info(
+        "reconciled",
+        differences=report.found,
+        unexamined=report.unexamined,
+        in_flight=report.in_flight,
+        **report.compared,
+    )

@@ -87,11 +87,18 @@ WHERE topic = %(topic)s AND (
     OR transaction_id = ANY (ARRAY(SELECT pg_snapshot_xip(%(snapshot)s::pg_snapshot))))
 """
 
+# So many rows, and about so many characters: one payload may be as large as a thousand others.
 PUBLISHED = """
-SELECT id, key, payload::text FROM outbox
-WHERE id > %(after)s AND id <= %(until)s AND topic = %(topic)s
-    AND pg_visible_in_snapshot(transaction_id, %(snapshot)s::pg_snapshot)
-ORDER BY id LIMIT %(limit)s
+SELECT id, key, payload FROM (
+    SELECT id, key, payload::text, sum(length(payload::text)) OVER (
+        ORDER BY id ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW) - length(payload::text)
+        AS characters_before
+    FROM outbox
+    WHERE id > %(after)s AND id <= %(until)s AND topic = %(topic)s
+        AND pg_visible_in_snapshot(transaction_id, %(snapshot)s::pg_snapshot)
+    ORDER BY id LIMIT %(limit)s
+) AS page
+WHERE characters_before < %(characters)s
 """
 
 LAST_OUTBOX_ID = "SELECT coalesce(max(id), 0) FROM outbox"
@@ -132,6 +139,8 @@ WITH ids AS (
     UNION SELECT reservation_id FROM analytics.fct_reservation_seats
     WHERE reservation_id > %(after)s AND reservation_id <= %(until)s
         AND (%(ids)s::text[] IS NULL OR reservation_id = ANY (%(ids)s::text[]))
+    ORDER BY reservation_id
+    LIMIT %(limit)s
 )
 SELECT ids.reservation_id, jsonb_build_object('version', version, 'status', status,
     'customer_id', customer_id, 'performance_id', performance_id, 'amount', amount,
@@ -144,7 +153,6 @@ SELECT ids.reservation_id, jsonb_build_object('version', version, 'status', stat
     ARRAY(SELECT event.version FROM analytics.fct_reservation_events AS event
         WHERE event.reservation_id = ids.reservation_id ORDER BY event.version)
 FROM ids LEFT JOIN analytics.fct_reservations AS state USING (reservation_id)
-LIMIT %(limit)s
 """
 
 TABLES_CONCERTS = """
@@ -258,6 +266,10 @@ SELECT kafka_offset FROM analytics.dead_letters
 WHERE topic = %(topic)s AND kafka_partition = %(partition)s AND kafka_offset = ANY (%(offsets)s)
 """
 
-LETTER_LIKE = """
-SELECT FROM analytics.dead_letters WHERE raw_key = %(key)s AND raw_value = %(value)s LIMIT 1
+LETTERS_LIKE = """
+SELECT digest FROM (
+    SELECT sha256(raw_key || '\\x00'::bytea || raw_value) AS digest FROM analytics.dead_letters
+    WHERE topic = %(topic)s
+) AS letters
+WHERE digest = ANY (%(digests)s)
 """

@@ -6,6 +6,7 @@ brought it; or the difference has a name. A batch of records is in memory at a t
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from confluent_kafka import Message
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 BUCKETS = 10_000
 NARROWEST_BUCKET = 1_000
 BUCKETS_LOOKED_INTO = 100
+# What the outbox has and the tables lack is looked for in the topic, as far as it isn't loaded:
+# so many at a time, for each time all of it is read.
+LOOKED_FOR_AT_ONCE = 50_000
 
 COPY_TOLD = loading.COPY_EVENTS.replace("analytics.fct_reservation_events", "pg_temp.told_events")
 PLACE = {"kafka_partition", "kafka_offset", "loaded_at", "occurred_on", "reservation_id", "version"}
@@ -116,22 +120,28 @@ class TopicFacts:
 
     def _compare_told(self, report: "Report") -> None:
         missing: dict[Partition, dict[int, Difference]] = {}
-        for key, partition, offset, told, stored in self._tables.execute(sql.TOLD_AND_STORED):
-            if stored is None:
-                place = Partition(self._topic, partition)
-                missing.setdefault(place, {})[offset] = Difference(
-                    "missing", "fct_reservation_events", key, told
-                )
-                continue
-            for column, value in told.items():
-                if column not in PLACE and stored[column] != value:
-                    where = f"fct_reservation_events.{column}"
-                    report.add(Difference("altered", where, key, value, stored[column]))
+        for key, partition, offset, told in self._missing(report):
+            missing.setdefault(Partition(self._topic, partition), {})[offset] = Difference(
+                "missing", "fct_reservation_events", key, told
+            )
         for place, there in missing.items():
             # Postgres refused it: an honest dead letter.
             refused = self._letters_at(place, there)
             for offset in there.keys() - refused:
                 report.add(there[offset])
+
+    def _missing(self, report: "Report") -> list[tuple[str, int, int, Any]]:
+        """Name facts that aren't as what is staged tells; return what has none, with its place."""
+        missing = []
+        for *told_at, told, stored in self._tables.execute(sql.TOLD_AND_STORED):
+            if stored is None:
+                missing.append((*told_at, told))
+                continue
+            for column, value in told.items():
+                if column not in PLACE and stored[column] != value:
+                    where = f"fct_reservation_events.{column}"
+                    report.add(Difference("altered", where, told_at[0], value, stored[column]))
+        return missing
 
     def _letters_at(self, place: Partition, offsets: Iterable[int]) -> set[int]:
         rows = self._tables.execute(
@@ -217,76 +227,73 @@ class TopicFacts:
     # ---- the outbox
 
     def compare_published(self, outbox: Outbox, topic: str, report: "Report") -> None:
-        """Compare what the outbox has published, and still has, with the facts."""
+        """Compare what the outbox has published, and still has, with facts and dead letters."""
         for row_id, key, error in outbox.quarantined(topic):
             report.add(Difference("missing", "topic", f"outbox {row_id}", key, error or "waits"))
+        events: set[str] = set()
+        letters: dict[bytes, Difference] = {}
         for rows in outbox.published(topic):
-            part = Slice(
-                topic,
-                -1,
-                "",
-                0,
-                0,
-                [
-                    Message(
-                        topic=topic,
-                        partition=-1,
-                        offset=row_id,
-                        key=key.encode(),
-                        value=payload.encode(),
-                    )
-                    for row_id, key, payload in rows
-                ],
-            )
-            decoded = decode([part], self._decoders)
-            found: list[tuple[Any, ...]] = []
+            decoded = decode([_as_slice(topic, rows)], self._decoders)
             with self._tables.transaction():
                 self._stage(decoded.rows)
-                found = self._tables.execute(sql.TOLD_AND_STORED).fetchall()
-            lost = {key: told for key, _, _, told, stored in found if stored is None}
-            if lost:
-                lost = self._really_lost(topic, lost)
-            for key, told in lost.items():
-                report.add(Difference("missing", "fct_reservation_events", key, told))
-            for key, _, _, told, stored in found:
-                if stored is not None:
-                    for column, value in told.items():
-                        if column not in PLACE and stored[column] != value:
-                            where = f"fct_reservation_events.{column}"
-                            report.add(Difference("altered", where, key, value, stored[column]))
+                events |= {key for key, *_ in self._missing(report)}
             for record in decoded.bad:
-                self._look_for_letter(record, report)
+                where = f"outbox {record.message.offset()}"
+                letter = Difference("missing", "dead_letters", where, record.error)
+                letters[_digest(record.message)] = letter
             report.count("outbox rows", len(rows))
+            if len(events) + len(letters) >= LOOKED_FOR_AT_ONCE:
+                self._name_lost(topic, events, letters, report)
+                events, letters = set(), {}
+        self._name_lost(topic, events, letters, report)
 
-    def _really_lost(self, topic: str, lost: Mapping[str, Any]) -> dict[str, Any]:
-        """Leave out what is in the topic and not loaded yet, or has been loaded since."""
-        on_its_way = self.not_loaded(topic, {key.rpartition(":")[0] for key in lost})
+    def _name_lost(
+        self, topic: str, events: set[str], letters: dict[bytes, Difference], report: "Report"
+    ) -> None:
+        """Name what is neither in the topic behind what is loaded nor, asked after it, loaded."""
+        if not events and not letters:
+            return
+        lost = set(events)
+        for slices in self._behind(topic):
+            decoded = decode(slices, self._decoders)
+            lost -= {_id(event) for _, event in decoded.rows}
+            for record in decoded.bad:
+                letters.pop(_digest(record.message), None)
         names = [key.rpartition(":") for key in lost]
-        rows = self._tables.execute(
-            loading.KNOWN_EVENTS,
-            {
-                "reservation_ids": [name for name, _, _ in names],
-                "versions": [int(version) for _, _, version in names],
-            },
-        )
-        there = {str(row[0]) for row in rows}
-        return {key: told for key, told in lost.items() if key not in on_its_way | there}
+        wanted = {
+            "reservation_ids": [name for name, _, _ in names],
+            "versions": [int(version) for _, _, version in names],
+        }
+        lost -= {str(row[0]) for row in self._tables.execute(loading.KNOWN_EVENTS, wanted)}
+        for key in sorted(lost):
+            report.add(Difference("missing", "fct_reservation_events", key))
+        wanted = {"topic": topic, "digests": list(letters)}
+        for row in self._tables.execute(sql.LETTERS_LIKE, wanted):
+            letters.pop(bytes(row[0]), None)
+        for letter in letters.values():
+            report.add(letter)
 
-    def _look_for_letter(self, record: BadRecord, report: "Report") -> None:
-        message = record.message
-        there = self._tables.execute(
-            sql.LETTER_LIKE, {"key": message.key(), "value": message.value()}
-        ).fetchone()
-        on_its_way = there is None and any(
-            (one.key(), one.value()) == (message.key(), message.value())
-            for slices in self._behind(str(message.topic()))
-            for part in slices
-            for one in part.messages
-        )
-        if there is None and not on_its_way:
-            report.add(
-                Difference("missing", "dead_letters", f"outbox {message.offset()}", record.error)
+
+def _as_slice(topic: str, rows: Iterable[tuple[int, str, str]]) -> Slice:
+    """Outbox rows as if they were read from the topic, with their ids as offsets."""
+    return Slice(
+        topic,
+        -1,
+        "",
+        0,
+        0,
+        [
+            Message(
+                topic=topic, partition=-1, offset=row_id, key=key.encode(), value=payload.encode()
             )
+            for row_id, key, payload in rows
+        ],
+    )
+
+
+def _digest(message: Message) -> bytes:
+    """As `sql.LETTERS_LIKE` makes it of a dead letter."""
+    return sha256((message.key() or b"") + b"\0" + (message.value() or b"")).digest()
 
 
 def _id(event: Any) -> str:

@@ -8,13 +8,14 @@ import psycopg
 import pytest
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
 
 from data_platform import doctor, sql_doctor
 from data_platform.config import Settings
 from data_platform.doctor import Finding
 from data_platform.loader import APPLICATION_NAME
-from tests.conftest import MakePostgresServer, UniqueTopic
-from tests.data_platform.conftest import Platform
+from tests.conftest import MakeKafkaCluster, MakePostgresServer, UniqueTopic
+from tests.data_platform.conftest import MakePlatform, Platform
 from tests.data_platform.histories import history
 from tests.databases import AnalyticsDatabase, create_analytics_database
 from tests.waiting import wait_until
@@ -139,7 +140,7 @@ def test_a_topic_made_anew_and_records_deleted_unloaded_are_errors(sound: Platfo
     anew, lost = [one for one in named(examined(sound), f"topic {sound.topic}") if one.to_do]
     assert anew.found.startswith("partition 0 can't go on: the topic was made anew")
     assert lost.found.startswith("partition 2 can't go on: records 0 to 2 were deleted")
-    assert "rebuild" in lost.to_do
+    assert "`partition_stopped` in operations.md" in lost.to_do
 
 
 def test_dead_letters_are_errors_with_a_cure_by_reason(
@@ -276,6 +277,128 @@ def test_who_holds_back_vacuum_is_named(
             if "(notebook)" in one.found
         )
         assert one.to_do == f"SELECT pg_terminate_backend({analyst.info.backend_pid})"
+
+
+# What the superuser does, how it is undone, the finding's name, how it begins, what to do about it.
+ON_A_SERVER = [
+    (
+        ["ALTER ROLE analyst CREATEROLE BYPASSRLS"],
+        "ALTER ROLE analyst NOCREATEROLE NOBYPASSRLS",
+        ("analyst", "may more than read: createrole, bypassrls"),
+        "ALTER ROLE analyst NOCREATEROLE NOBYPASSRLS",
+    ),
+    (
+        ["GRANT data_platform TO analyst"],
+        "REVOKE data_platform FROM analyst",
+        ("analyst", "has all that the role data_platform has"),
+        "REVOKE data_platform FROM analyst",
+    ),
+    (
+        ["ALTER ROLE analyst RENAME TO somebody"],
+        "ALTER ROLE somebody RENAME TO analyst",
+        ("analyst", "there is no role analyst"),
+        "data-platform migrate",
+    ),
+    (
+        ["ALTER ROLE data_platform CONNECTION LIMIT 3"],
+        "ALTER ROLE data_platform CONNECTION LIMIT -1",
+        ("connections", "the role data_platform has 2 free of 3"),
+        "raise the limit or use fewer: a worker and its commands need 5",
+    ),
+    (
+        ["ALTER DATABASE analytics CONNECTION LIMIT 4"],
+        "ALTER DATABASE analytics CONNECTION LIMIT -1",
+        ("connections", "the database analytics has 3 free of 4"),
+        "raise the limit or use fewer: a worker and its commands need 5",
+    ),
+    (
+        ["SELECT pg_create_logical_replication_slot('left', 'pgoutput')"],
+        "SELECT pg_drop_replication_slot('left')",
+        ("vacuum", "replication slot left keeps dead rows"),
+        "SELECT pg_drop_replication_slot('left'), or start its consumer",
+    ),
+    (
+        ["BEGIN", "CREATE TABLE public.t ()", "PREPARE TRANSACTION 'left'"],
+        "ROLLBACK PREPARED 'left'",
+        ("vacuum", "prepared transaction left of postgres keeps dead rows"),
+        "ROLLBACK PREPARED 'left', or COMMIT PREPARED 'left'",
+    ),
+]
+
+
+def test_what_is_wrong_with_a_server_and_its_roles_is_found_and_gone_once_it_is_mended(
+    make_postgres_server: MakePostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "HOLDS_BACK_VACUUM_S", 0.0)
+    server = make_postgres_server(
+        {"full_page_writes": "off", "wal_level": "logical", "max_prepared_transactions": "1"}
+    )
+    database = create_analytics_database(server)
+    as_before = {(one.level, one.name) for one in of_database(database)}
+    assert only(of_database(database), "server").found.startswith("full_page_writes is off")
+    superuser = replace(
+        database, owner_url=server.admin_url.removesuffix("postgres") + database.name
+    )
+    for wrong, undo, (name, begins), to_do in ON_A_SERVER:
+        execute(superuser, *wrong)
+        found = [one for one in named(of_database(database), name) if one.found.startswith(begins)]
+        assert [one.to_do for one in found if one.level != "ok"] == [to_do], wrong
+        execute(superuser, undo)
+        assert {(one.level, one.name) for one in of_database(database)} == as_before, wrong
+
+    server.stop()
+    (server.data_folder / "standby.signal").touch()
+    server.start()
+    standby = named(of_database(database), "server")[0]
+    assert (standby.level, standby.found) == ("error", "a standby, or still recovering")
+
+
+def test_brokers_that_are_down_and_topics_on_too_few_disks_are_found(
+    make_platform: MakePlatform,
+    make_kafka_cluster: MakeKafkaCluster,
+    analytics_database: AnalyticsDatabase,
+) -> None:
+    cluster = make_kafka_cluster(3)
+    cluster.create_topic("safe", 6, KEPT)
+    admin = AdminClient({"bootstrap.servers": cluster.bootstrap_servers})
+    unsafe = NewTopic(
+        "unsafe",
+        3,
+        replica_assignment=[[3], [1], [2]],
+        config={"cleanup.policy": "compact", "min.insync.replicas": "1"}
+        | {"unclean.leader.election.enable": "true"},
+    )
+    admin.create_topics([unsafe], operation_timeout=10)["unsafe"].result(15)
+    platform = replace(make_platform(analytics_database, cluster, "safe"), catalogue_topic="unsafe")
+    wait_until(
+        lambda: len(admin.list_topics("unsafe", 5).topics["unsafe"].partitions) == 3,
+        15,
+        "every broker to know it",
+    )
+    found = examined(platform)
+    assert (only(found, "kafka").level, only(found, "topic safe").level) == ("ok", "ok")
+    assert only(found, "topic unsafe").found == (
+        "replication factor is 1, wanted 3; min.insync.replicas is 1, wanted 2; "
+        "unclean.leader.election.enable is true, wanted false"
+    )
+    cluster.brokers[2].kill()
+    down = "of 3 brokers these are down: [3]"
+    wait_until(
+        lambda: down in [one.found for one in named(examined(platform), "kafka")],
+        30,
+        "the broker to be missed",
+    )
+    assert "partitions [0] have no leader" in only(examined(platform), "topic unsafe").found
+
+
+def test_a_lag_that_grows_though_workers_load_is_a_warning(
+    sound: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lags = iter([doctor._Lag(10, 5, []), doctor._Lag(90, 6, [])])
+    monkeypatch.setattr(doctor._Lag, "read", lambda *_: next(lags))
+    monkeypatch.setattr(doctor, "_workers", lambda *_: 1)
+    one = only(examined(sound), "lag")
+    assert (one.level, one.found) == ("warning", "90 records wait, 80 more than a second ago")
 
 
 def test_clocks_that_differ_are_told(

@@ -3,7 +3,7 @@
 import json
 import threading
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,11 @@ import psycopg
 import pytest
 from psycopg.types.json import Jsonb
 
+from data_platform import __main__ as command
+from data_platform import config, records
+from data_platform.consumer import Partition
+from data_platform.reconcile import Report, reconcile
+from data_platform.topics import Span, Topics
 from devstack.state import free_port
 from tests.data_platform.conftest import Platform
 from tests.data_platform.histories import Event, event, history
@@ -326,6 +331,79 @@ def test_what_is_on_its_way_is_no_difference(whole: Whole) -> None:
 
     assert [one["differences"] for one in (in_outbox, in_topic, arrived)] == [[], [], []]
     assert [one["in_flight"] for one in (in_outbox, in_topic, arrived)] == [1, 1, 0]
+
+
+def compared(whole: Whole, monkeypatch: pytest.MonkeyPatch) -> Report:
+    """What a comparison in this process says, so that its bounds can be small."""
+    for name, value in {**whole.platform.environment(), **whole.environment()}.items():
+        monkeypatch.setenv(name, value)
+    settings = config.load(config.ReconcileSettings)
+    return reconcile(
+        command._sources(settings, without_service=False),
+        Topics(settings.client_properties()),
+        settings.consumer_properties(),
+        command._decoders(settings),
+    )
+
+
+def test_of_more_disorder_than_can_be_examined_the_first_are_named_and_the_rest_counted(
+    whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = [event(f"00000000-0000-4000-8000-{number:012}") for number in range(40)]
+    whole.reserve(events)
+    whole.execute(PUBLISH)  # and Kafka has lost them
+    whole.load(1)
+    whole.platform.execute(
+        "INSERT INTO analytics.fct_reservations (reservation_id, version, status, customer_id,"
+        " concert_id, performance_id, seat_count, amount, currency, created_at, updated_at)"
+        " SELECT 'nobody-' || 100 + n, 1, 'held', 'c', 1, 3, 1, 1, 'EUR', now(), now()"
+        " FROM generate_series(0, 99) AS n"
+    )
+    monkeypatch.setattr("data_platform.reconcile.RANGE_RESERVATIONS", 8)
+    monkeypatch.setattr("data_platform.reconcile.ROWS_LIMIT", 32)
+    monkeypatch.setattr("data_platform.reconcile.SUSPECTS_LIMIT", 10)
+    found = compared(whole, monkeypatch)
+    named = {(one.what, one.key) for one in found.differences if one.where == "fct_reservations"}
+    # (The tables alone say of the others that no fact stands behind them.)
+    assert {("missing", one.key.decode()) for one in events[:10]} <= named
+    assert ("missing", events[10].key.decode()) not in named
+    assert found.unexamined == 30 + 100
+    assert not found.good
+    assert "and 130 more reservations differ or are on their way" in found.in_words(5)
+    monkeypatch.setattr("data_platform.reconcile.SUSPECTS_LIMIT", 1_000)
+    # Of a range in which the tables have far too many, the first are examined.
+    assert compared(whole, monkeypatch).unexamined == 100 - 32
+
+
+def test_what_workers_are_behind_with_is_looked_for_once_however_much_the_outbox_has(
+    whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = history(40, seed=3)
+    whole.load(1)
+    whole.reserve(events)
+    with psycopg.connect(whole.service.owner_url) as connection:
+        connection.execute(WRITE, [whole.platform.topic, "broken", '{"no": "event"}'])
+    whole.publish(events)
+    whole.platform.produce_raw([(b"broken", b'{"no": "event"}')])
+    monkeypatch.setattr("data_platform.outbox_flow.CHUNK_ROWS", 5)
+    monkeypatch.setattr("data_platform.outbox_flow.CHUNK_CHARACTERS", 2_000)
+    read, readings = records.read, list[Any]()
+
+    def counted(consumer: Mapping[str, Any], spans: Mapping[Partition, Span]) -> Any:
+        readings.append(spans)
+        return read(consumer, spans)
+
+    monkeypatch.setattr(records, "read", counted)
+    found = compared(whole, monkeypatch)
+    assert (found.differences, found.in_flight) == ([], 40)
+    assert found.compared["outbox rows"] == len(events) + 1
+    assert len(readings) <= 4  # what is loaded, what the outbox has more, reservations, catalogue
+    whole.load(len(events) + 2)
+    assert compared(whole, monkeypatch).good
+    whole.platform.execute("DELETE FROM analytics.dead_letters")
+    (lost, of_topic) = sorted(one.key for one in compared(whole, monkeypatch).differences)
+    assert lost.startswith("outbox ")
+    assert of_topic.startswith(whole.platform.topic)
 
 
 def test_traffic_makes_no_differences(whole: Whole) -> None:
