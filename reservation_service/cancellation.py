@@ -107,8 +107,8 @@ def _patiently(act: Callable[[], Done]) -> Done:
     for _ in range(LOCK_ATTEMPTS - 1):
         try:
             return act()
-        except psycopg.errors.LockNotAvailable:
-            continue
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.QueryCanceled):
+            continue  # a lock, or many one after the other, took longer than the session waits
     return act()
 
 

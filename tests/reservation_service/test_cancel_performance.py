@@ -171,6 +171,21 @@ def test_what_was_checked_before_and_commits_afterwards_is_cancelled_too(
     assert_settled(house)
 
 
+def test_a_customer_s_session_that_froze_holds_it_up_only_as_long_as_it_may_live(
+    house: House,
+) -> None:
+    frozen = house.connect()
+    frozen.execute("BEGIN")
+    frozen.execute("SELECT 1 FROM seats WHERE seat_id = %s FOR UPDATE", [house.seat_ids[3]])
+    with house.connect() as admin:
+        book(admin, house, 0)
+        assert cancellation.cancel(admin, house.performance_id) == (1, True)
+    with pytest.raises(psycopg.errors.IdleInTransactionSessionTimeout):
+        frozen.execute("COMMIT")
+    frozen.close()
+    assert_settled(house)
+
+
 def test_what_a_request_has_no_time_for_is_left_to_the_sweeper(
     house: House, client: FlaskClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
