@@ -21,6 +21,7 @@ from typing import NamedTuple
 import msgspec
 
 from reservation_service import catalogue, problems, sql
+from reservation_service.catalogue import SeatsAnswer
 from reservation_service.database import Connection
 
 KEPT_BODIES = 16
@@ -85,6 +86,16 @@ def read_body(connection: Connection, performance_id: int) -> tuple[str, bytes]:
     Raises:
         Problem: 404.
     """
+    tag, seats = look(connection, performance_id)
+    return tag, gzip.compress(msgspec.json.encode(seats), COMPRESSION_LEVEL, mtime=0)
+
+
+def look(connection: Connection, performance_id: int) -> tuple[str, SeatsAnswer]:
+    """Return the seats as they are at this moment, with the tag of what is shown.
+
+    Raises:
+        Problem: 404.
+    """
     with connection.pipeline():
         # Before the seats: a version that is too old only costs a poll its 304.
         wanted = {"performance_id": performance_id}
@@ -92,8 +103,7 @@ def read_body(connection: Connection, performance_id: int) -> tuple[str, bytes]:
         seats = catalogue.read_seats(connection, performance_id)
     (number,) = version.fetchone() or (0,)
     letters = "".join(seat.status[0] for seat in seats.seats)
-    body = gzip.compress(msgspec.json.encode(seats), COMPRESSION_LEVEL, mtime=0)
-    return _tag(performance_id, number, letters), body
+    return _tag(performance_id, number, letters), seats
 
 
 def _tag(performance_id: int, version: int, letters: str) -> str:

@@ -433,3 +433,29 @@ ON CONFLICT (customer_id, minute) DO UPDATE SET writes = c.writes + 1
 RETURNING c.writes,
     ceil(extract(epoch FROM c.minute + interval '1 minute' - clock_timestamp()))::integer
 """
+
+# ---- reservation codes
+
+# Waits for whoever shows the same reservation for the first time; READ_CODE then finds that code.
+KEEP_CODE = """
+INSERT INTO reservation_codes (reservation_id, code) VALUES (%(reservation_id)s, %(code)s)
+ON CONFLICT (reservation_id) DO NOTHING
+"""
+
+READ_CODE = "SELECT code FROM reservation_codes WHERE reservation_id = %(reservation_id)s"
+
+FIND_CODE = "SELECT reservation_id FROM reservation_codes WHERE code = %(code)s"
+
+# ---- page
+
+# Whose claim shows as "yours" on the map; a hold that ran out is nobody's.
+LIST_OWN_SEATS = """
+SELECT seat_id FROM reservations AS r
+JOIN reservation_seats USING (reservation_id)
+WHERE r.customer_id = %(customer_id)s AND r.performance_id = %(performance_id)s
+    AND (r.status = 'confirmed' OR (r.status = 'held' AND r.expires_at > clock_timestamp()))
+ORDER BY seat_id
+LIMIT 500
+"""
+
+READ_CLOCK = "SELECT clock_timestamp()"

@@ -1,11 +1,14 @@
-"""The booking page: works without script, and only from its own forms."""
+"""The booking pages without script: their forms, who may use them, what they say."""
 
+import gzip
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
 
+from reservation_service import codes, pages
 from tests.reservation_service.house import House, bearer
 
 
@@ -29,26 +32,27 @@ def test_a_guest_finds_a_concert_books_and_cancels(house: House, client: FlaskCl
     assert held.status_code == 303
     reservation = held.headers["Location"]
     page = client.get(reservation).text
-    assert "held" in page
-    assert "100.00 EUR" in page
+    assert "Held for you" in page
+    assert "€100.00" in page
     for action, status in (("confirm", "confirmed"), ("cancel", "cancelled")):
         done = client.post(
             reservation, data=form(client.get(reservation).text) | {"action": action}
         )
         assert done.status_code == 303
         assert f'"status {status}"' in client.get(reservation).text
-    assert "cancelled" in client.get("/reservations").text
+    assert "Cancelled" in client.get("/reservations").text
     assert [event["data"]["version"] for event in house.events()] == [1, 2, 3]
 
 
-def test_a_guest_books_in_one_step_and_a_second_click_books_nothing_more(
-    house: House, client: FlaskClient
+@pytest.mark.parametrize("choice", [{"action": "hold"}, {"action": "best", "count": "2"}])
+def test_a_second_click_holds_nothing_more(
+    house: House, client: FlaskClient, choice: dict[str, str]
 ) -> None:
-    fields = open_seats(house, client) | {"seat_ids": house.seat_ids[:1], "action": "book"}
+    fields = open_seats(house, client) | choice | {"seat_ids": house.seat_ids[:1]}
     path = f"/performances/{house.performance_id}"
     first, second = (client.post(path, data=fields) for _ in range(2))
     assert first.headers["Location"] == second.headers["Location"]
-    assert [event["type"] for event in house.events()] == ["reservation.completed"]
+    assert [event["type"] for event in house.events()] == ["reservation.held"]
 
 
 def test_an_unknown_action_and_a_strange_key_change_nothing(
@@ -65,12 +69,15 @@ def test_an_unknown_action_and_a_strange_key_change_nothing(
 
 
 def test_a_taken_seat_is_told_on_the_page(house: House, client: FlaskClient) -> None:
-    fields = open_seats(house, client) | {"seat_ids": house.seat_ids[:2], "action": "book"}
+    fields = open_seats(house, client) | {"seat_ids": house.seat_ids[:2], "action": "hold"}
     order = house.order(house.seat_ids[0])
     client.post("/api/reservations", json=order, headers=bearer("ann"))
     answer = client.post(f"/performances/{house.performance_id}", data=fields)
     assert answer.status_code == 409
     assert "no longer available" in answer.text
+    taken, kept = (f'value="{seat_id}"' for seat_id in house.seat_ids[:2])
+    assert re.search(f'{taken} aria-label="1, held" disabled', answer.text)
+    assert re.search(f"{kept} checked", answer.text)
     assert len(house.events()) == 1
 
 
@@ -85,7 +92,7 @@ def test_no_seat_chosen_is_told_on_the_page(house: House, client: FlaskClient) -
 def test_a_form_of_another_site_is_refused(
     house: House, client: FlaskClient, csrf: str | None
 ) -> None:
-    fields = open_seats(house, client) | {"seat_ids": house.seat_ids[:1], "action": "book"}
+    fields = open_seats(house, client) | {"seat_ids": house.seat_ids[:1], "action": "hold"}
     fields.pop("csrf")
     if csrf is not None:
         fields["csrf"] = csrf
@@ -95,7 +102,7 @@ def test_a_form_of_another_site_is_refused(
 
 
 def test_the_token_of_another_guest_is_refused(house: House, client: FlaskClient) -> None:
-    fields = open_seats(house, client) | {"seat_ids": house.seat_ids[:1], "action": "book"}
+    fields = open_seats(house, client) | {"seat_ids": house.seat_ids[:1], "action": "hold"}
     client.delete_cookie("reservation_guest")
     open_seats(house, client)
     answer = client.post(f"/performances/{house.performance_id}", data=fields)
@@ -146,12 +153,14 @@ def test_a_forged_cookie_is_nobody(client: FlaskClient) -> None:
     assert client.get("/api/reservations").status_code == 401
 
 
-def test_pages_load_nothing_from_elsewhere_and_have_no_script(
+def test_pages_load_nothing_from_elsewhere_and_have_no_inline_script(
     house: House, client: FlaskClient
 ) -> None:
     for path in ("/", f"/performances/{house.performance_id}", "/reservations", "/nothing"):
         page = client.get(path).text
-        assert "<script" not in page
+        assert set(re.findall("<script.*?>", page)) <= {
+            '<script type="module" src="/static/page.js">'
+        }
         assert "style=" not in page
         assert not re.search(r'(src|href|action)="(https?:)?//', page)
 
@@ -170,3 +179,104 @@ def test_a_host_that_can_t_be_one_is_400(client: FlaskClient, path: str, host: s
     if path.startswith("/api/"):
         assert answer.json
         assert answer.json["type"] == "malformed-request"
+
+
+def hold_one(house: House, client: FlaskClient) -> tuple[str, str]:
+    """Hold a seat; return the reservation's path and its code."""
+    fields = open_seats(house, client) | {"seat_ids": house.seat_ids[:1], "action": "hold"}
+    path = client.post(f"/performances/{house.performance_id}", data=fields).headers["Location"]
+    code = re.search(r"<b>([0-9A-Z]{5}-[0-9A-Z]{5})</b>", client.get(path).text)
+    assert code
+    return path, code[1]
+
+
+def enter(client: FlaskClient, code: str) -> Any:
+    return client.post(
+        "/reservations", data=form(client.get("/reservations").text) | {"code": code}
+    )
+
+
+def test_a_guest_finds_the_reservation_on_another_device_by_its_code(
+    house: House, client: FlaskClient
+) -> None:
+    path, code = hold_one(house, client)
+    assert code in client.get(path).text, "it stays"
+    client.delete_cookie("reservation_guest")
+    assert client.get(path).status_code == 404
+    misread = code.lower().replace("0", "o").replace("1", "l").replace("-", " ")
+    assert enter(client, misread).headers["Location"] == path
+    assert "Found by code" in client.get("/reservations").text
+    for action, status in (("extend", "held"), ("confirm", "confirmed"), ("cancel", "cancelled")):
+        fields = form(client.get(path).text) | {"action": action}
+        assert client.post(path, data=fields).status_code == 303
+        assert f'"status {status}"' in client.get(path).text
+
+
+def test_a_wrong_code_says_always_the_same_and_attempts_are_few(
+    house: House, client: FlaskClient
+) -> None:
+    _, code = hold_one(house, client)
+    answers = [enter(client, wrong) for wrong in ("", "x", "00000-00000", "\0" * 200, "é" * 10)]
+    assert {answer.status_code for answer in answers} == {404}
+    assert all("There is no reservation with this code." in answer.text for answer in answers)
+    last = answers[-1]
+    for _ in range(2 * codes.ATTEMPTS_PER_MINUTE):  # the minute may turn meanwhile
+        last = enter(client, "00000-00000")
+        client.delete_cookie("reservation_guest")  # another guest is no other address
+        if last.status_code == 429:
+            break
+    assert last.status_code == 429
+    assert int(last.headers["Retry-After"]) >= 1
+    assert enter(client, code).status_code == 429, "right or wrong"
+
+
+@pytest.mark.parametrize(
+    ("hours", "status", "words"),
+    [((48, 1, 2), "scheduled", "On sale from"), ((48, -2, -1), "scheduled", "sale of this"),
+     ((-1, -9, -2), "scheduled", "is past"), ((48, -2, 9), "cancelled", "is cancelled")],
+)  # fmt: skip
+def test_a_performance_that_is_not_on_sale_says_why(
+    house: House, client: FlaskClient, hours: tuple[int, int, int], status: str, words: str
+) -> None:
+    house.execute(
+        """
+        UPDATE performances SET status = %s, starts_at = now() + %s * interval '1 hour',
+            sales_open_at = now() + %s * interval '1 hour',
+            sales_close_at = now() + %s * interval '1 hour'
+        """,
+        status,
+        *hours,
+    )
+    page = client.get(f"/performances/{house.performance_id}").text
+    assert words in page
+    assert 'name="action"' not in page
+    assert "Choose seats" not in client.get("/").text
+
+
+def test_a_hall_of_5000_seats_is_small_on_its_way(house: House, client: FlaskClient) -> None:
+    house.execute(
+        """
+        INSERT INTO seats (performance_id, section, "row", number, price)
+        SELECT %s, 'Tier ' || tier, "row"::text, number, 10000 - 1000 * tier
+        FROM generate_series(1, 5) AS tier, generate_series(1, 25) AS "row",
+            generate_series(1, 40) AS number
+        """,
+        house.performance_id,
+    )
+    path = f"/performances/{house.performance_id}"
+    page = client.get(path, headers={"Accept-Encoding": "gzip"})
+    static = Path(pages.__file__).with_name("static")
+    beside_it = sum((static / name).stat().st_size for name in ("style.css", "page.js", "icon.svg"))
+    assert len(page.data) + beside_it < 100_000
+    assert gzip.decompress(page.data).count(b'name="seat_ids"') == 5_000 + len(house.seat_ids)
+
+
+def test_the_page_s_tag_is_the_api_s(house: House, client: FlaskClient) -> None:
+    page = client.get(f"/performances/{house.performance_id}").text
+    tag = re.search('data-tag="([0-9a-f]+)"', page)
+    assert tag
+    poll = client.get(
+        f"/api/performances/{house.performance_id}/seats",
+        headers={"If-None-Match": f'W/"{tag[1]}"'},
+    )
+    assert poll.status_code == 304
