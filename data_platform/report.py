@@ -49,7 +49,8 @@ body {{ font: 15px/1.5 system-ui, sans-serif; color: #1c2330; background: #fff;
 h1 {{ font-size: 1.7rem; margin: 0; }}
 h2 {{ font-size: 1.15rem; margin: 2.2rem 0 .4rem; }}
 p {{ margin: .3rem 0 .8rem; color: #4a5568; }}
-figure {{ margin: 0; }}
+figure {{ margin: 0 0 1rem; }}
+figcaption {{ font-size: .9rem; }}
 svg {{ width: 100%; height: auto; display: block; }}
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .25rem .6rem; border-bottom: 1px solid #dde3ea; text-align: right; }}
@@ -72,6 +73,8 @@ th {{ font-weight: 600; }}
 </body>
 </html>
 """
+
+NOTHING = "<p>None.</p>"
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def _sold(rows: Sequence[Mapping[str, Any]]) -> str:
         ("Currency", "Bookings", "Seats", "Revenue"),
         [
             (
-                row["currency"] or "unknown",
+                row["currency"],
                 f"{row['bookings']:,}",
                 f"{row['seats']:,}",
                 _money(row["revenue"], row["currency"]),
@@ -165,7 +168,9 @@ def _hours(rows: Sequence[Mapping[str, Any]]) -> str:
     chart.x_labels_major_every, chart.show_minor_x_labels = 6, False
     chart.add("bookings", [row["bookings"] for row in rows])
     note = "Completed bookings in each of the last 48 hours before the newest event (UTC)."
-    return _section("Bookings by hour", note, _figure(chart, "hours", "Bookings by hour"))
+    nothing = not any(row["bookings"] for row in rows)
+    content = NOTHING if nothing else _figure(chart, "hours", "Bookings completed in an hour")
+    return _section("Bookings by hour", note, content)
 
 
 def _occupancy(rows: Sequence[Mapping[str, Any]], performances: int) -> str:
@@ -174,7 +179,8 @@ def _occupancy(rows: Sequence[Mapping[str, Any]], performances: int) -> str:
     fullest = _chart(pygal.HorizontalBar, 60 + BAR_HEIGHT * len(rows), ["#1f6feb"])
     shown = rows[::-1]  # the first one on top
     fullest.x_labels = [f"{_short(row['title'])}, {row['starts_at']:%d %b %Y}" for row in shown]
-    fullest.add("seats booked, %", [_percent(row["occupancy"]) for row in shown])
+    fullest.value_formatter = lambda value: f"{value:,.0f} %"
+    fullest.add("seats booked", [_percent(row["occupancy"]) for row in shown])
     fullest.range = (0, max([100.0, *(_percent(row["occupancy"]) or 0.0 for row in rows)]))
     tenths = _chart(pygal.Bar, 240, ["#3f8f68"])
     tenths.x_labels = [f"{tenth * 10}-{tenth * 10 + 10} %" for tenth in range(10)]
@@ -192,10 +198,10 @@ def _occupancy(rows: Sequence[Mapping[str, Any]], performances: int) -> str:
             for row in rows
         ],
     )
-    note = f"The fullest {len(rows)} of {performances:,}; then all by how full they are."
-    charts = _figure(fullest, "occupancy", "Occupancy by performance") + _figure(
-        tenths, "tenths", "Performances by occupancy"
-    )
+    note = "Seats in bookings that stand, of all seats; cancelled performances are left out."
+    charts = _figure(
+        fullest, "occupancy", f"The fullest {len(rows)} of {performances:,} performances"
+    ) + _figure(tenths, "tenths", "How many of all performances are how full")
     return _section("Occupancy by performance", note, charts + table)
 
 
@@ -203,10 +209,10 @@ def _funnel(row: Mapping[str, Any]) -> str:
     steps = {
         "started": "#1f6feb",
         "completed": "#3f8f68",
-        "cancelled before": "#d9822b",
+        "hold cancelled": "#d9822b",
         "expired": "#b3394b",
         "still open": "#8a8f98",
-        "cancelled after": "#a56316",
+        "completed, then cancelled": "#a56316",
     }
     names = (
         *("started", "completed", "cancelled_before_completion", "expired", "open"),
@@ -220,11 +226,12 @@ def _funnel(row: Mapping[str, Any]) -> str:
     ]
     chart.add("reservations", values[::-1])
     note = "What became of the reservations begun in the last 30 days before the newest event."
-    if row["started"]:
-        note += f" {row['completed'] / row['started']:.1%} were completed"
-        mean = row["mean_seconds_to_complete"]
-        note += f", after {mean:,.0f} s on average." if mean is not None else "."
-    return _section("Funnel", note, _figure(chart, "funnel", "Funnel"))
+    if not row["started"]:
+        return _section("Funnel", note, NOTHING)
+    note += f" {row['completed'] / row['started']:.1%} were completed"
+    mean = row["mean_seconds_to_complete"]
+    note += f", after {mean:,.0f} s on average." if mean is not None else "."
+    return _section("Funnel", note, _figure(chart, "funnel", "Reservations by what became of them"))
 
 
 def _freshness(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -235,19 +242,22 @@ def _freshness(rows: Sequence[Mapping[str, Any]]) -> str:
     chart.x_labels = [f"{row['topic']} {row['kafka_partition']}" for row in shown]
     chart.add("seconds behind", [row["lag_seconds"] for row in shown])
     table = _table(
-        ("Partition", "Newest event", "Last load", "Complete up to", "Dead letters"),
+        ("Partition", "Newest event (UTC)", "Last load", "Complete up to", "Dead letters"),
         [
             (
                 f"{row['topic']} {row['kafka_partition']}",
-                *(_moment(row[name]) for name in ("last_event_at", "last_load_at")),
-                _moment(row["complete_up_to"]),
+                *(
+                    _moment(row[name]).removesuffix(" UTC")
+                    for name in ("last_event_at", "last_load_at", "complete_up_to")
+                ),
                 f"{row['dead_letters']:,}",
             )
             for row in rows
         ],
     )
-    note = "How many seconds ago each partition was known to be loaded to its end."
-    return _section("Freshness", note, _figure(chart, "freshness", "Seconds behind") + table)
+    note = "How far behind Kafka the tables are: a few seconds while workers keep up."
+    caption = "Seconds since each partition was known to be loaded to its end"
+    return _section("Freshness", note, _figure(chart, "freshness", caption) + table)
 
 
 # ---- how things look
@@ -259,7 +269,7 @@ def _section(title: str, note: str, content: str) -> str:
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
-        return "<p>Nothing yet.</p>"
+        return NOTHING
     head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
     body = "\n".join(
         "<tr>" + "".join(f"<td>{escape(_readable(cell))}</td>" for cell in row) + "</tr>"
@@ -293,22 +303,23 @@ def _chart(kind: type[pygal.Graph], height: int, colors: Sequence[str]) -> pygal
         max_scale=8,
         include_x_axis=True,
         truncate_label=TITLE_LENGTH_CHARACTERS + 20,
-        no_data_text="nothing yet",
+        no_data_text="not known",
         value_formatter=lambda value: f"{value:,.0f}" if value == int(value) else f"{value:,.1f}",
         print_values=kind is pygal.HorizontalBar,
         disable_xml_declaration=True,
     )
 
 
-def _figure(chart: pygal.Graph, name: str, label: str) -> str:
+def _figure(chart: pygal.Graph, name: str, caption: str) -> str:
     chart.uuid = name  # prefixes its styles, which would else be the whole page's
     root = chart.render_tree()
     for parent in list(root.iter()):
         for script in [child for child in parent if child.tag == "script"]:
             parent.remove(script)
     root.set("role", "img")
-    root.set("aria-label", label)
-    return f"<figure>{ET.tostring(root, encoding='unicode')}</figure>\n"
+    root.set("aria-label", caption)
+    drawn = ET.tostring(root, encoding="unicode")
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{drawn}</figure>\n"
 
 
 def _short(title: str | None) -> str:

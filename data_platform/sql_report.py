@@ -15,11 +15,12 @@ SELECT
     now() AS made_at
 """
 
+# From the bookings themselves: performance_occupancy has no revenue where currencies are mixed.
 SOLD = """
-SELECT currency, sum(bookings)::bigint AS bookings, sum(booked_seats)::bigint AS seats,
-    sum(revenue)::bigint AS revenue
-FROM analytics.performance_occupancy
-WHERE revenue IS NOT NULL AND bookings > 0
+SELECT currency, count(*) AS bookings, sum(seat_count)::bigint AS seats,
+    sum(amount)::bigint AS revenue
+FROM analytics.fct_reservations
+WHERE status = 'confirmed'
 GROUP BY currency
 ORDER BY currency
 """
@@ -71,6 +72,7 @@ SELECT
         AS mean_seconds_to_complete
 FROM analytics.booking_funnel
 WHERE day > (%(until)s::timestamptz AT TIME ZONE 'UTC')::date - 30
+    AND day <= (%(until)s::timestamptz AT TIME ZONE 'UTC')::date + 1 -- east of UTC
 """
 
 FRESHNESS = """
