@@ -13,6 +13,7 @@ from rich.console import Console
 
 from benchmarks import (
     analysts,
+    booking,
     charts,
     contenders,
     debezium,
@@ -20,6 +21,8 @@ from benchmarks import (
     idle,
     latency,
     loader,
+    onsale,
+    outage,
     reconcile,
     report,
     writers,
@@ -31,7 +34,10 @@ from devstack.processes import DevstackError
 from devstack.steps import Steps
 
 RESULTS = Path(__file__).with_name("results")
-SECTIONS = ("drain", "latency", "idle", "writers", "loader", "analysts", "reconcile")
+SECTIONS = (
+    *("drain", "latency", "idle", "writers", "loader", "analysts", "reconcile"),
+    *("booking", "onsale", "outage"),
+)
 # Whole figures, even where a narrow terminal breaks the lines.
 TABLE_COLUMNS = 150
 
@@ -47,6 +53,10 @@ class Size:
     loader_rows: int
     analysts_events: int
     reconcile_events: int
+    booking_s: int
+    crowd_seats: int
+    outage_s: int
+    outage_rounds: int
 
 
 SIZES = {
@@ -58,6 +68,10 @@ SIZES = {
         loader_rows=200_000,
         analysts_events=100_000,
         reconcile_events=100_000,
+        booking_s=3,
+        crowd_seats=200_000,
+        outage_s=6,
+        outage_rounds=1,
     ),
     "standard": Size(
         (10_000, 100_000, 1_000_000),
@@ -67,6 +81,10 @@ SIZES = {
         loader_rows=1_000_000,
         analysts_events=1_000_000,
         reconcile_events=1_000_000,
+        booking_s=8,
+        crowd_seats=5_000_000,
+        outage_s=15,
+        outage_rounds=3,
     ),
     "full": Size(
         (10_000, 100_000, 1_000_000, 10_000_000),
@@ -76,6 +94,10 @@ SIZES = {
         loader_rows=2_000_000,
         analysts_events=10_000_000,
         reconcile_events=10_000_000,
+        booking_s=15,
+        crowd_seats=5_000_000,
+        outage_s=30,
+        outage_rounds=4,
     ),
 }
 
@@ -92,7 +114,7 @@ SIZES = {
     help="where the result is kept",
 )
 def main(sections: tuple[str, ...], size: str, folder: Path, *, peers: bool) -> None:
-    """Measure relay and loader beside what else there is; all SECTIONS unless some are named."""
+    """Measure every part beside what else there is; all SECTIONS unless some are named."""
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{datetime.now(UTC):%Y-%m-%d-%H%M%S}-{size}"
     results = Results(folder / f"{name}.json")
@@ -125,6 +147,12 @@ def _measure(
             writers.measure(around, results, size.writers_s)
         elif section == "loader":
             loader.measure(around, results, size.loader_rows, size.latency_s)
+        elif section == "booking":
+            booking.measure(around, results, size.booking_s, size.crowd_seats)
+        elif section == "onsale":
+            onsale.measure(around, results)
+        elif section == "outage":
+            outage.measure(around, results, size.outage_s, size.outage_rounds)
         elif section == "reconcile":
             reconcile.measure(around, results, size.reconcile_events)
         else:

@@ -1,12 +1,13 @@
 """Charts of a run as SVG, which need neither scripts nor fonts from elsewhere."""
 
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pygal
 from pygal.style import Style
 
+from benchmarks import outage
 from benchmarks.latency import RATES
 from benchmarks.results import Figure, Results, find
 
@@ -17,7 +18,17 @@ COLORS = {
     "polling": "#8a8f98",
     "raw-read": "#7fbf9b",
     "raw-produce": "#3f8f68",
+    outage.OURS: "#1f6feb",
+    outage.INSIDE: "#d9822b",
+    outage.AFTER: "#8a8f98",
 }
+WAYS = {
+    outage.OURS: "outbox (ours)",
+    outage.INSIDE: "HTTP call before COMMIT",
+    outage.AFTER: "HTTP call after COMMIT",
+}
+WRONG_TITLE = "Bookings that fail, or whose event is lost, % (data platform …)"
+P99_TITLE = "Booking p99, ms (data platform …)"
 QUANTILES = ("p50_ms", "p99_ms")
 WIDTH, HEIGHT = 720, 340
 
@@ -30,6 +41,8 @@ def draw(results: Results, folder: Path) -> list[Path]:
         "drain": _drain(figures),
         "cost-per-event": _cost(figures),
         "latency": _latency(figures),
+        "outage-wrong": _outage(figures, WRONG_TITLE, _wrong_percent),
+        "outage-p99": _outage(figures, P99_TITLE, lambda figure: float(figure["p99_ms"])),
     }
     written = []
     for name, chart in charts.items():
@@ -98,6 +111,28 @@ def _latency(figures: Sequence[Figure]) -> pygal.Graph | None:
         chart.add(_label(name), values)
     chart.value_formatter = lambda value: f"{value:.1f}"
     return chart
+
+
+def _outage(
+    figures: Sequence[Figure], title: str, value: Callable[[Figure], float]
+) -> pygal.Graph | None:
+    """What an outage of the data platform does to bookings, ours beside the old ways."""
+    measured = [figure for figure in figures if figure["section"] == "ways"]
+    names = [name for name in WAYS if find(measured, contender=name)]
+    if not names:
+        return None
+    chart = _chart(pygal.Bar, names, title)
+    chart.x_labels = list(outage.STATES)
+    for name in names:
+        found = [find(measured, contender=name, platform=state) for state in outage.STATES]
+        chart.add(WAYS[name], [round(value(f), 1) if f else None for f in found])
+    chart.value_formatter = lambda number: f"{number:,.0f}"
+    return chart
+
+
+def _wrong_percent(figure: Figure) -> float:
+    wrong = int(figure["failed"]) + int(figure["lost_events"])
+    return 100.0 * wrong / int(figure["customers"])
 
 
 def _drained(figures: Sequence[Figure]) -> list[Figure]:

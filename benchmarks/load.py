@@ -1,8 +1,10 @@
 """Writers as the service has them: pgbench, which takes little of the CPU that others need."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from psycopg.conninfo import conninfo_to_dict
 
@@ -71,9 +73,16 @@ class Load:
 
 
 def start(
-    around: Surroundings, *scripts: str, clients: int, seconds: int, rate: int | None = None
+    around: Surroundings,
+    *scripts: str,
+    clients: int,
+    seconds: int,
+    rate: int | None = None,
+    variables: Mapping[str, str] = MappingProxyType(VARIABLES),
 ) -> Load:
     """Start writers: as fast as they can, or `rate` a second at random moments (open loop).
+
+    A variable is filled in for its :name; one whose value the script changes is each client's own.
 
     Raises:
         ConfigurationError: this PostgreSQL has no pgbench.
@@ -83,7 +92,7 @@ def start(
         raise ConfigurationError("the benchmarks need pgbench: unset DEVSTACK_POSTGRES")
     folder = around.stack.run.path
     options = ["-n", "-M", "prepared", "-c", str(clients), "-j", "1", "-T", str(seconds)]
-    options += [f"-D{name}={value}" for name, value in VARIABLES.items()]
+    options += [f"-D{name}={value}" for name, value in variables.items()]
     options += ["-R", str(rate)] if rate else []
     for number, script in enumerate(scripts):
         path = folder / f"pgbench-{number}.sql"

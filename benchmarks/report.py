@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import loader
+from benchmarks import booking, loader, onsale, outage
 from benchmarks.goals import goals
 from benchmarks.latency import QUANTILES
 from benchmarks.results import Figure, Results, wrong
@@ -31,6 +31,7 @@ def sheets(results: Results) -> list[Sheet]:
     figures = results.figures
     found = [_drain(figures), _latency(figures), _idle(figures), _writers(figures)]
     found += [_loader(figures), _visible(figures), _analysts(figures), _migration(figures)]
+    found += [_booking(figures), _plan(figures), _onsale(figures), _ways(figures), _kafka(figures)]
     return [sheet for sheet in [*found, _goals(figures)] if sheet.rows]
 
 
@@ -196,6 +197,101 @@ def _migration(figures: Sequence[Figure]) -> Sheet:
     )
 
 
+def _booking(figures: Sequence[Figure]) -> Sheet:
+    columns = {
+        "per s": _number("per_s"),
+        "p50 ms": _number("p50_ms", 1),
+        "p99 ms": _number("p99_ms", 1),
+        "service CPU µs": _number("service_cpu_us"),
+        "PG CPU µs": _number("postgres_cpu_us"),
+        "customers' CPU µs": _number("load_cpu_us"),
+        "failed": _number("failed"),
+    }
+    return _sheet("Bookings", "what", figures, "booking", name=_contender, columns=columns)
+
+
+def _plan(figures: Sequence[Figure]) -> Sheet:
+    names = {"plan": "whole, gzip", "plan-again": "unchanged, 304"}  # as `bookers` calls them
+    columns = {
+        "p50 ms": _number("p50_ms", 2),
+        "p99 ms": _number("p99_ms", 2),
+        "bytes": _number("body_bytes"),
+        "failed": _number("failed"),
+    }
+    return _sheet(
+        f"GET the {booking.PLAN_SEATS:,} seats of a performance",
+        "answer",
+        figures,
+        "plan",
+        name=lambda figure: names[figure["contender"]],
+        columns=columns,
+    )
+
+
+def _onsale(figures: Sequence[Figure]) -> Sheet:
+    columns = {
+        "over after s": _number("seconds", 1),
+        "p50 ms": _number("p50_ms", 1),
+        "p99 ms": _number("p99_ms", 1),
+        "slowest ms": _number("max_ms", 1),
+        "sold": _number("sold"),
+        "sold twice": _number("sold_twice"),
+        "5xx": _number("server_errors"),
+        "unanswered": _number("unanswered"),
+    }
+    names = {
+        "fans": f"{onsale.FANS:,} people, {onsale.SEATS:,} seats",
+        "rush": f"{onsale.CLAIMS} at once, one seat",
+    }
+    return _sheet(
+        "On-sale",
+        "who",
+        figures,
+        "onsale",
+        name=lambda figure: names[str(figure["contender"])],
+        columns=columns,
+    )
+
+
+def _ways(figures: Sequence[Figure]) -> Sheet:
+    columns = {
+        "p50 ms": _number("p50_ms", 1),
+        "p99 ms": _number("p99_ms", 1),
+        "customers": _number("customers"),
+        "failed bookings": _number("failed"),
+        "lost events": _number("lost_events"),
+        "invented events": _number("invented_events"),
+        "bookings/s at most": _number("most_per_s"),
+    }
+    return _sheet(
+        f"Booking at {outage.RATE}/s while the data platform is …",
+        "platform: way",
+        figures,
+        "ways",
+        name=lambda figure: f"{figure.get('platform', '')}: {figure['contender']}",
+        columns=columns,
+    )
+
+
+def _kafka(figures: Sequence[Figure]) -> Sheet:
+    columns = {
+        "p50 ms": _number("p50_ms", 2),
+        "p99 ms": _number("p99_ms", 2),
+        "p99 ratio": _number("p99_ratio", 3),
+        "customers": _number("customers"),
+        "failed": _number("failed"),
+        "lost": _number("lost"),
+    }
+    return _sheet(
+        f"Booking at {outage.KAFKA_RATE}/s while Kafka is …",
+        "Kafka",
+        figures,
+        "kafka",
+        name=_contender,
+        columns=columns,
+    )
+
+
 def _goals(figures: Sequence[Figure]) -> Sheet:
     rows = [
         (
@@ -204,7 +300,13 @@ def _goals(figures: Sequence[Figure]) -> Sheet:
             "-" if goal.found is None else f"{goal.found:g} {goal.unit}",
             YES_NO[goal.reached],
         )
-        for goal in [*goals(figures), *loader.goals(figures)]
+        for goal in [
+            *goals(figures),
+            *loader.goals(figures),
+            *booking.goals(figures),
+            *onsale.goals(figures),
+            *outage.goals(figures),
+        ]
     ]
     return Sheet("Must reach", ("what", "wanted", "found", "reached"), rows)
 
@@ -226,6 +328,10 @@ def _sheet(
                 cells = [column(figure) for column in columns.values()]
             rows.append([name(figure), *cells])
     return Sheet(title, (what, *columns), rows)
+
+
+def _contender(figure: Figure) -> str:
+    return str(figure["contender"])
 
 
 def _number(field: str, decimals: int = 0) -> Callable[[Figure], str]:

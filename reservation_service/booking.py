@@ -9,8 +9,9 @@ Guarantees:
 - A reservation's versions are 1, 2, 3 … and each has exactly one event.
 - A refused call leaves nothing behind.
 
-The statements go through a pipeline: two or three round trips for a booking. Their results, that
-of COMMIT too, have arrived when the `with` ends, and only then is anything answered.
+A booking is one statement: one round trip. A change goes through a pipeline, in two or three; the
+results of its statements, that of COMMIT too, have arrived when the `with` ends, and only then is
+anything answered.
 """
 
 import os
@@ -22,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 from uuid import UUID
 
 import msgspec
+import psycopg
 
 from reservation_service import events, idempotency, problems, sql
 from reservation_service.database import Connection, transaction
@@ -32,7 +34,8 @@ from reservation_service.events import (
     Seat,
     Status,
 )
-from reservation_service.idempotency import Answer, Key
+from reservation_service.idempotency import NO_KEY, Answer, Key
+from reservation_service.problems import Problem
 
 UUID_MAX = UUID(int=2**128 - 1)
 
@@ -83,14 +86,6 @@ class Stored(NamedTuple):
     now: datetime
 
 
-class _OnSale(NamedTuple):
-    concert: ConcertOfReservation
-    currency: str
-    performance: PerformanceOfReservation
-    sales_close_at: datetime
-    now: datetime
-
-
 def book(
     connection: Connection,
     order: Order,
@@ -100,27 +95,34 @@ def book(
 ) -> Answer:
     """Hold the seats, or with `confirm` reserve them in one step.
 
+    One statement does it all, and commits: see `book_seats` in the migrations. The connection must
+    not be in a transaction.
+
     Raises:
         Problem: 404 no such performance; 409 seats taken, not on sale, over the customer's limit
             or the key in flight; 422 the key had another body.
-        psycopg.OperationalError: nothing is known to have happened, unless COMMIT was under way.
+        psycopg.OperationalError: nothing is known to have happened.
     """
-    with transaction(connection):
-        answered = idempotency.claim(connection, key)
-        if answered:
-            return answered
-        if terms.max_seats_per_customer:
-            _check_customer_limit(connection, order, terms.max_seats_per_customer)
-        sale, seats = _lock_seats(connection, order)
-        reservation = _new_reservation(order, terms, sale, seats)
-        _insert(connection, reservation)
-        events.write_reservation(connection, reservation, reservation.created_at, traceparent)
-        answer = Answer(
-            location=f"/api/reservations/{reservation.reservation_id}",
-            body=msgspec.json.encode(answer_of(reservation)),
-        )
-        idempotency.remember(connection, key, answer)
-    return answer
+    reservation_id = uuid7()
+    event = events.of_new_reservation(str(reservation_id), confirm=order.confirm, trace=traceparent)
+    values = {
+        **order._asdict(),
+        **(key or NO_KEY)._asdict(),
+        **event._asdict(),
+        "seat_ids": list(order.seat_ids),
+        "reservation_id": reservation_id,
+        "hold": terms.hold,
+        "max_seats_per_customer": terms.max_seats_per_customer,
+    }
+    try:
+        row = connection.execute(sql.BOOK_SEATS, values).fetchone()
+    except psycopg.errors.LockNotAvailable as error:
+        raise idempotency.in_flight(error) from None
+    assert row  # noqa: S101 - a function gives a row
+    outcome, location, answer, detail = row
+    if outcome in {"booked", "replayed"}:
+        return Answer(location, answer.encode(), replayed=outcome == "replayed")
+    raise _refusal(outcome, detail, terms)
 
 
 def confirm(
@@ -262,91 +264,26 @@ def uuid7() -> UUID:
     return UUID(int=high << 64 | low)
 
 
-def _check_customer_limit(connection: Connection, order: Order, max_seats: int) -> None:
-    """Count under a lock, else two bookings at once would both find room for themselves."""
-    connection.execute(sql.LOCK_CUSTOMER, order._asdict())
-    row = connection.execute(sql.COUNT_SEATS_OF_CUSTOMER, order._asdict()).fetchone()
-    taken = row[0] if row else 0
-    if taken + len(order.seat_ids) > max_seats:
-        raise problems.Problem(
-            409,
-            "customer-limit",
-            f"A customer may have {max_seats} seats of a performance; you have {taken}.",
-        )
-
-
-def _lock_seats(connection: Connection, order: Order) -> tuple[_OnSale, list[Seat]]:
-    wanted = {"performance_id": order.performance_id, "seat_ids": list(order.seat_ids)}
-    seats_cursor = connection.execute(sql.LOCK_SEATS, wanted)
-    # A statement after the one that waited: its snapshot and its clock are younger than the locks.
-    performance_cursor = connection.execute(sql.READ_PERFORMANCE, wanted)
-    rows = seats_cursor.fetchall()
-    sale = _on_sale(performance_cursor.fetchone())
-    free = [
-        Seat(*row[:5])
-        for row in rows
-        for blocked, confirmed, held_until in [row[5:]]
-        if not blocked and not confirmed and (held_until is None or held_until <= sale.now)
-    ]
-    missing = set(order.seat_ids) - {seat.seat_id for seat in free}
-    if missing:
-        raise problems.seats_unavailable(missing)
-    return sale, free
-
-
-def _on_sale(row: tuple[Any, ...] | None) -> _OnSale:
-    if row is None:
-        raise problems.not_found("performance")
-    starts_at, sales_open_at, sales_close_at, status, now = row[6:]
-    if status != "scheduled":
-        raise problems.not_on_sale("The performance is cancelled.")
-    if starts_at <= now:
-        raise problems.not_on_sale("The performance is past.")
-    if not sales_open_at <= now < sales_close_at:
-        raise problems.not_on_sale("The performance is not on sale at this time.")
-    return _OnSale(
-        concert=ConcertOfReservation(*row[:4]),
-        currency=row[4],
-        performance=PerformanceOfReservation(row[5], starts_at),
-        sales_close_at=sales_close_at,
-        now=now,
-    )
-
-
-def _new_reservation(order: Order, terms: Terms, sale: _OnSale, seats: list[Seat]) -> Reservation:
-    # No hold outlives the sale: what could be held can be confirmed as long as it is held.
-    expires_at = min(sale.now + terms.hold, sale.sales_close_at, sale.performance.starts_at)
-    return Reservation(
-        reservation_id=str(uuid7()),
-        version=1,
-        status="confirmed" if order.confirm else "held",
-        customer_id=order.customer_id,
-        created_at=sale.now,
-        expires_at=None if order.confirm else expires_at,
-        amount=sum(seat.price for seat in seats),
-        currency=sale.currency,
-        concert=sale.concert,
-        performance=sale.performance,
-        seats=seats,
-    )
-
-
-def _insert(connection: Connection, reservation: Reservation) -> None:
-    values = {
-        "reservation_id": UUID(reservation.reservation_id),
-        "customer_id": reservation.customer_id,
-        "performance_id": reservation.performance.performance_id,
-        "status": reservation.status,
-        "version": reservation.version,
-        "amount": reservation.amount,
-        "currency": reservation.currency,
-        "created_at": reservation.created_at,
-        "expires_at": reservation.expires_at,
-        "seat_ids": [seat.seat_id for seat in reservation.seats],
-    }
-    connection.execute(sql.CLAIM_SEATS, values)
-    connection.execute(sql.INSERT_RESERVATION, values)
-    connection.execute(sql.INSERT_RESERVATION_SEATS, values)
+def _refusal(outcome: str, detail: list[int], terms: Terms) -> Problem:
+    """Return what an outcome of `book_seats` means to the caller."""
+    match outcome:
+        case "no-performance":
+            return problems.not_found("performance")
+        case "unavailable":
+            return problems.seats_unavailable(detail)
+        case "key-reused":
+            return idempotency.key_reused()
+        case "customer-limit":
+            most, taken = terms.max_seats_per_customer, detail[0]
+            return Problem(
+                409,
+                "customer-limit",
+                f"A customer may have {most} seats of a performance; you have {taken}.",
+            )
+        case "cancelled" | "past":
+            return problems.not_on_sale(f"The performance is {outcome}.")
+        case _:
+            return problems.not_on_sale("The performance is not on sale at this time.")
 
 
 def _change(

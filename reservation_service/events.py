@@ -4,7 +4,7 @@
 """
 
 from datetime import datetime
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -14,6 +14,8 @@ from reservation_service.database import Connection
 SOURCE = "/reservation-service"
 RESERVATION_TOPIC = "concert-reservation"
 CONCERT_TOPIC = "concert-catalogue"
+RESERVATION_SCHEMA = "urn:concert-reservation:schema:reservation-event:1"
+HEADERS = {"content-type": "application/cloudevents+json"}
 
 Status = Literal["held", "confirmed", "cancelled", "expired"]
 TYPES: dict[Status, str] = {
@@ -102,6 +104,14 @@ class Concert(msgspec.Struct, frozen=True):
     performances: list[Performance]
 
 
+class NewEvent(NamedTuple):
+    """An event to which the database adds `time` and `data`, its last members."""
+
+    topic: str
+    envelope: str
+    headers: str
+
+
 class _CloudEvent(msgspec.Struct, omit_defaults=True):
     specversion: str = msgspec.field(name="specversion")
     id: str
@@ -126,10 +136,32 @@ def write_reservation(
         topic=RESERVATION_TOPIC,
         subject=reservation.reservation_id,
         kind=EXTENDED if still_held else TYPES[reservation.status],
-        schema="urn:concert-reservation:schema:reservation-event:1",
+        schema=RESERVATION_SCHEMA,
         happened_at=happened_at,
         data=reservation,
         traceparent=traceparent,
+    )
+
+
+def of_new_reservation(reservation_id: str, *, confirm: bool, trace: str | None) -> NewEvent:
+    """Return the event of a reservation's first version, as far as it is known before."""
+    traceparent = outbox.valid_traceparent(trace)
+    envelope = {
+        "specversion": "1.0",
+        "id": f"{reservation_id}:1",
+        "source": SOURCE,
+        "type": TYPES["confirmed" if confirm else "held"],
+        "subject": reservation_id,
+        "datacontenttype": "application/json",
+        "dataschema": RESERVATION_SCHEMA,
+    }
+    headers = dict(HEADERS)
+    if traceparent:
+        envelope["traceparent"] = headers["traceparent"] = traceparent
+    return NewEvent(
+        RESERVATION_TOPIC,
+        msgspec.json.encode(envelope).decode(),
+        msgspec.json.encode(headers).decode(),
     )
 
 
@@ -181,6 +213,6 @@ def _write(
         topic=topic,
         key=subject,
         payload=msgspec.json.encode(event),
-        headers={"content-type": "application/cloudevents+json"},
+        headers=HEADERS,
         traceparent=traceparent,
     )

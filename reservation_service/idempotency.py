@@ -25,12 +25,24 @@ class Key(NamedTuple):
     fingerprint: bytes
 
 
+class NoKey(NamedTuple):
+    """What stands in a statement for the Key of a call without one."""
+
+    caller: None = None
+    operation: None = None
+    key: None = None
+    fingerprint: None = None
+
+
 class Answer(NamedTuple):
     """A 201: where the new thing is, its JSON, and whether an earlier call made it."""
 
     location: str
     body: bytes
     replayed: bool = False
+
+
+NO_KEY = NoKey()
 
 
 def fingerprint(body: bytes) -> bytes:
@@ -51,23 +63,35 @@ def claim(connection: Connection, key: Key | None) -> Answer | None:
         found = connection.execute(sql.READ_IDEMPOTENCY_KEY, key._asdict())
         if claimed.fetchone():
             return None
-    except psycopg.errors.LockNotAvailable:
-        raise Problem(
-            409,
-            "request-in-flight",
-            "A request with this Idempotency-Key is still being worked on.",
-            headers={"Retry-After": "1"},
-        ) from None
+    except psycopg.errors.LockNotAvailable as error:
+        raise in_flight(error) from None
     row = found.fetchone()
     assert row  # noqa: S101 - the conflict has locked it
     if bytes(row[0]) != key.fingerprint:
-        raise Problem(
-            422,
-            "key-reused",
-            "This Idempotency-Key was used with another body.",
-            members={"errors": []},
-        )
+        raise key_reused()
     return Answer(location=row[1], body=row[2].encode(), replayed=True)
+
+
+def key_reused() -> Problem:
+    """Return what a key with another body is refused with."""
+    return Problem(
+        422,
+        "key-reused",
+        "This Idempotency-Key was used with another body.",
+        members={"errors": []},
+    )
+
+
+def in_flight(error: psycopg.errors.LockNotAvailable) -> Problem | psycopg.Error:
+    """Return what a wait in vain means: where it was for a key, that its request is in flight."""
+    if "idempotency_keys" not in (error.diag.context or ""):
+        return error
+    return Problem(
+        409,
+        "request-in-flight",
+        "A request with this Idempotency-Key is still being worked on.",
+        headers={"Retry-After": "1"},
+    )
 
 
 def remember(connection: Connection, key: Key | None, answer: Answer) -> None:

@@ -249,51 +249,20 @@ UPDATE idempotency_keys SET location = %(location)s, body = %(body)s
 WHERE caller = %(caller)s AND operation = %(operation)s AND key = %(key)s
 """
 
-LOCK_CUSTOMER = """
-SELECT pg_advisory_xact_lock(hashtextextended(
-    'customer ' || %(customer_id)s::text || ' ' || %(performance_id)s::bigint::text, 0))
-"""
-
-# As LOCK_CUSTOMER: a hold that is being confirmed counts when the next booking counts.
+# As book_seats: a hold that is being confirmed counts when the next booking counts.
 LOCK_CUSTOMER_OF_RESERVATION = """
 SELECT pg_advisory_xact_lock(hashtextextended(
     'customer ' || customer_id || ' ' || performance_id::text, 0))
 FROM reservations WHERE reservation_id = %(reservation_id)s
 """
 
-COUNT_SEATS_OF_CUSTOMER = """
-SELECT count(*) FROM reservations AS r JOIN reservation_seats USING (reservation_id)
-WHERE r.customer_id = %(customer_id)s AND r.performance_id = %(performance_id)s
-    AND (r.status = 'confirmed' OR (r.status = 'held' AND r.expires_at > clock_timestamp()))
-"""
-
-# A confirmed claim is infinite, which Python's datetime can't hold.
-LOCK_SEATS = """
-SELECT seat_id, section, "row", number, price, blocked,
-    claimed_until = 'infinity', nullif(claimed_until, 'infinity')
-FROM seats
-WHERE seat_id = ANY(%(seat_ids)s::bigint[]) AND performance_id = %(performance_id)s
-ORDER BY seat_id
-FOR UPDATE
-"""
-
-CLAIM_SEATS = """
-UPDATE seats SET reservation_id = %(reservation_id)s,
-    claimed_until = coalesce(%(expires_at)s::timestamptz, 'infinity')
-WHERE seat_id = ANY(%(seat_ids)s::bigint[])
-"""
-
-INSERT_RESERVATION = """
-INSERT INTO reservations (reservation_id, customer_id, performance_id, status, version, amount,
-    currency, created_at, updated_at, expires_at)
-VALUES (%(reservation_id)s, %(customer_id)s, %(performance_id)s, %(status)s, %(version)s,
-    %(amount)s, %(currency)s, %(created_at)s, %(created_at)s, %(expires_at)s)
-"""
-
-INSERT_RESERVATION_SEATS = """
-INSERT INTO reservation_seats (reservation_id, seat_id, section, "row", number, price)
-SELECT %(reservation_id)s::uuid, seat_id, section, "row", number, price
-FROM seats WHERE seat_id = ANY(%(seat_ids)s::bigint[])
+# The function is in the migrations, and takes its locks in the order told above.
+BOOK_SEATS = """
+SELECT outcome, location, answer, detail FROM book_seats(
+    %(reservation_id)s, %(customer_id)s, %(performance_id)s, %(seat_ids)s::bigint[], %(confirm)s,
+    %(hold)s, %(max_seats_per_customer)s, %(operation)s, %(key)s, %(fingerprint)s,
+    %(topic)s, %(envelope)s, %(headers)s
+)
 """
 
 # ---- best available

@@ -12,7 +12,7 @@ import pytest
 from psycopg import errors
 from psycopg.pq import TransactionStatus
 
-from reservation_service import booking, expiry, sql
+from reservation_service import booking, events, expiry
 from reservation_service.booking import Order, ReservationAnswer, Terms
 from reservation_service.database import Connection, transaction
 from reservation_service.problems import Problem
@@ -227,10 +227,8 @@ def test_confirming_and_booking_under_a_limit_wait_for_each_other(
     with house.connect() as other:
         # Somebody counts this customer's seats; a confirmation must not slip in between.
         other.execute("BEGIN")
-        other.execute(
-            sql.LOCK_CUSTOMER,
-            {"customer_id": held.customer_id, "performance_id": house.performance_id},
-        )
+        with pytest.raises(Problem, match="may have 1 seats"):
+            reserve(other, house, house.seat_ids[1:2], terms=terms)
 
         def confirm() -> str:
             with house.connect() as mine:
@@ -337,3 +335,45 @@ def test_a_transaction_whose_connection_is_lost_says_so(
         lose()
     assert connection.closed
     assert house.execute("SELECT 1 FROM seats WHERE blocked") == []
+
+
+@pytest.mark.parametrize("confirm", [False, True])
+@pytest.mark.parametrize("traceparent", [None, f"00-{'a' * 32}-{'b' * 16}-01", "no trace"])
+def test_a_booking_that_the_database_tells_is_the_one_that_we_would_tell(
+    connection: Connection, house: House, traceparent: str | None, *, confirm: bool
+) -> None:
+    # Quotes, backslashes and what needs more than two bytes, where people may write such.
+    house.execute("""UPDATE concerts SET title = 'He said "\\" 음악회 🎻', venue = 'O''Hara'""")
+    house.execute("""UPDATE seats SET "row" = 'Ä"1'""")
+    order = Order("ann", house.performance_id, house.seat_ids[2::-1], confirm)
+    answer = booking.book(connection, order, TERMS, traceparent=traceparent)
+    reservation_id = UUID(msgspec.json.decode(answer.body)["reservation_id"])
+    reservation = booking.find(connection, reservation_id, "ann")
+    assert answer.location == f"/api/reservations/{reservation_id}"
+    told = msgspec.json.decode(answer.body, type=ReservationAnswer)
+    assert told == booking.answer_of(reservation)
+    assert msgspec.json.decode(answer.body).keys() == msgspec.to_builtins(told).keys()
+    with connection.transaction():
+        events.write_reservation(connection, reservation, reservation.created_at, traceparent)
+    ours, theirs = house.execute(
+        "SELECT key, payload::text, headers FROM outbox WHERE topic = %s ORDER BY id",
+        events.RESERVATION_TOPIC,
+    )
+    parsed = [parse_times(msgspec.json.decode(row.pop("payload"))) for row in (ours, theirs)]
+    assert parsed[0] == parsed[1]
+    assert ours == theirs
+
+
+def parse_times(event: dict[str, Any]) -> dict[str, Any]:
+    """The event with its times as times: as many digits as one likes mean the same."""
+    data = event["data"]
+    for place, name in (
+        (event, "time"),
+        (data, "created_at"),
+        (data, "expires_at"),
+        (data["performance"], "starts_at"),
+    ):
+        if place[name] is not None:
+            assert place[name].endswith("Z")
+            place[name] = datetime.fromisoformat(place[name])
+    return event
