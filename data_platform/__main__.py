@@ -179,7 +179,7 @@ def status(*, as_json: bool) -> None:
             {**settings.consumer_properties(), "logger": logger},
             list(_decoders(settings)),
         )
-    click.echo(json.dumps(found.as_json()) if as_json else _in_words(found))
+    click.echo(json.dumps(asdict(found)) if as_json else _in_words(found))
     sys.exit(1 if found.problems else 0)
 
 
@@ -369,7 +369,7 @@ def reconcile(*, as_json: bool, without_service: bool, interval_s: float | None)
             reconcile_loop.run(compare, interval_s, settings.metrics_host, settings.metrics_port)
             return
         report = compare()
-    click.echo(json.dumps(report.as_json()) if as_json else report.in_words(SHOWN_DIFFERENCES))
+    click.echo(json.dumps(asdict(report)) if as_json else report.in_words(SHOWN_DIFFERENCES))
     sys.exit(0 if report.good else 1)
 
 

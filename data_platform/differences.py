@@ -1,6 +1,6 @@
 """What a check found to be unlike: where, which row, and both values."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -32,7 +32,3 @@ class Difference:
         elif self.found is not None:
             line += f": found {self.found!r}"
         return "".join(char if char.isprintable() else "?" for char in line)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return it for programs."""
-        return asdict(self)

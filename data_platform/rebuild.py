@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, LiteralString
 
 import psycopg
@@ -47,8 +47,11 @@ CATCH_UP_LIMIT_S = 3_600.0
 SWAP_LIMIT_S = 600.0
 SWAP_PAUSE_FIRST_S = 0.2
 SWAP_PAUSE_LONGEST_S = 5.0
-# From so many differing rows on nobody looks at each of them again.
-NAMED_DIFFERENCES = 1_000
+# Rows that differ are looked at again: so many when the tables in the making have caught up, for
+# what workers have loaded since they were filled differs, too, and so many while workers wait.
+# Where more differ, the table is exchanged without another look.
+SECOND_LOOKS = 200_000
+LAST_LOOKS = 5_000
 IN_THE_WAY = (pg.LockNotAvailable, pg.DeadlockDetected, pg.SerializationFailure)
 # What isn't told by the events: when a row was loaded, and which of several versions with the
 # same seats came first.
@@ -78,7 +81,7 @@ class Rebuilt:
         events: records read, good ones.
         dead_letters: records read that are bad.
         changed: the tables that were put into the old ones' place, or would be.
-        differences: of rows that differed; of each table at most NAMED_DIFFERENCES + 1 rows.
+        differences: of rows that differed; of each table those of at most LAST_LOOKS rows.
         locked_s: for how long the workers had to wait.
     """
 
@@ -89,17 +92,13 @@ class Rebuilt:
     seconds: float
     locked_s: float
 
-    def as_json(self) -> dict[str, Any]:
-        """Return it for programs."""
-        return asdict(self)
-
 
 @dataclass
 class _Table:
     """A table with its columns; `keys` are (name, type) of its primary key.
 
-    `differing` are the keys of rows that differed when they were compared, at most one more than
-    NAMED_DIFFERENCES.
+    `differing` are the keys of rows that differed when they were looked at last, at most one more
+    than SECOND_LOOKS.
     """
 
     name: str
@@ -109,8 +108,8 @@ class _Table:
 
     @property
     def has_many(self) -> bool:
-        """Whether more rows differ than are looked at one by one."""
-        return len(self.differing) > NAMED_DIFFERENCES
+        """Whether more rows differ than are looked at while workers wait."""
+        return len(self.differing) > LAST_LOOKS
 
     def fill(self, statement: LiteralString) -> Composed:
         """Put this table's names into a statement."""
@@ -121,8 +120,14 @@ class _Table:
             table=Identifier(self.name),
             function=Identifier(f"keep_loaded_at_{self.name}"),
             key=SQL(", ").join(map(Identifier, names)),
-            made_key=_key("made", names),
-            stored_key=_key("stored", names),
+            either_key=SQL("ARRAY[{}]").format(
+                SQL(", ").join(
+                    SQL("coalesce({}, {})::text").format(
+                        Identifier("made", name), Identifier("stored", name)
+                    )
+                    for name in names
+                )
+            ),
             stored_is_made=_equal("stored", "made", names),
             stored_is_new=_equal("stored", "new", names),
             stored_is_wanted=_equal("stored", "wanted", names),
@@ -142,11 +147,6 @@ def _equal(one: str, other: str, names: Sequence[str]) -> Composable:
     return SQL(" AND ").join(
         SQL("{} = {}").format(Identifier(one, name), Identifier(other, name)) for name in names
     )
-
-
-def _key(table: str, names: Sequence[str]) -> Composable:
-    texts = (SQL("{}::text").format(Identifier(table, name)) for name in names)
-    return SQL("ARRAY[{}]").format(SQL(", ").join(texts))
 
 
 class _IntoShadow(psycopg.Cursor[TupleRow]):
@@ -292,7 +292,9 @@ class _Rebuild:
             first = topic.spans[partition].first
             if first > 0:
                 raise RebuildRefusedError(
-                    f"{name} partition {partition} begins at {first}: what was before would be lost"
+                    f"{name} partition {partition} begins at {first}: only the tables have what "
+                    "was before, and it would be lost. `reconcile` names what is wrong; take rows "
+                    "from a backup, and let retention.ms be -1 (`outbox-relay topics`)"
                 )
             self._first[Partition(name, partition)] = first
         self._reached = dict(self._first)
@@ -393,19 +395,24 @@ class _Rebuild:
         self._compared = True
         for table in self._tables:
             if table.name != LETTERS:
-                rows = self._do(table.fill(sql_rebuild.DIFFERING), [NAMED_DIFFERENCES + 1])
-                table.differing = [row[0] if row[2] else row[1] for row in rows]
+                rows = self._do(table.fill(sql_rebuild.DIFFERING), [SECOND_LOOKS + 1])
+                table.differing = [key for (key,) in rows]
+
+    def _look_again(self, table: _Table, keys: Sequence[list[str]]) -> psycopg.Cursor[TupleRow]:
+        columns = [list(column) for column in zip(*keys, strict=True)]
+        return self._do(table.fill(sql_rebuild.STILL_DIFFERING), columns)
+
+    def _narrow(self) -> None:
+        """Forget rows that differed only because workers were ahead."""
+        for table in self._tables:
+            if table.has_many and len(table.differing) <= SECOND_LOOKS:
+                table.differing = [row[0] for row in self._look_again(table, table.differing)]
 
     def _differences(self, table: _Table) -> list[Difference]:
-        """Look again at the rows that differed."""
         if not table.differing:
             return []
-        keys = [list(column) for column in zip(*table.differing, strict=True)]
-        return [
-            found
-            for row in self._do(table.fill(sql_rebuild.STILL_DIFFERING), keys)
-            for found in _told(table.name, *row)
-        ]
+        rows = self._look_again(table, table.differing[:LAST_LOOKS])
+        return [found for row in rows for found in _told(table.name, *row)]
 
     # ---- the change
 
@@ -415,6 +422,7 @@ class _Rebuild:
         pause_s = SWAP_PAUSE_FIRST_S
         while True:
             self._catch_up()
+            self._narrow()
             reached, events = dict(self._reached), self._events
             try:
                 with self._connection.transaction():
@@ -433,6 +441,7 @@ class _Rebuild:
         self._load(self._loaded())
         differences = [found for table in self._tables for found in self._differences(table)]
         names = {found.where.partition(".")[0] for found in differences}
+        names |= {table.name for table in self._tables if table.has_many}
         changed = [
             table
             for table in self._tables
@@ -486,18 +495,17 @@ def _place(row: TupleRow) -> str:
 
 def _told(
     table: str,
-    made_key: Sequence[str],
-    stored_key: Sequence[str],
+    key: Sequence[str],
     made: Mapping[str, Any] | None,
     stored: Mapping[str, Any] | None,
 ) -> Iterator[Difference]:
     ignored = UNDETERMINED.get(table, UNDETERMINED[""])
     if made is None or stored is None:
-        what, key = ("extra", stored_key) if made is None else ("missing", made_key)
+        what = "extra" if made is None else "missing"
         row = {name: value for name, value in (made or stored or {}).items() if name not in ignored}
         yield Difference(what, table, ":".join(key), row if made else None, row if stored else None)
         return
     for column, value in made.items():
         if column not in ignored and stored[column] != value:
             where = f"{table}.{column}"
-            yield Difference("altered", where, ":".join(made_key), value, stored[column])
+            yield Difference("altered", where, ":".join(key), value, stored[column])

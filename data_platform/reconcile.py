@@ -12,7 +12,7 @@ disorder, or far behind, the first SUSPECTS_LIMIT reservations are examined and 
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg
@@ -100,10 +100,6 @@ class Report:
             f"in {self.seconds:g} s"
         )
         return "\n".join(lines)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return it for programs."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -197,14 +197,14 @@ DROP_TRIGGER = "DROP TRIGGER keep_loaded_at ON analytics_rebuild.{table}"
 VACUUM = "VACUUM (ANALYZE) analytics_rebuild.{table}"
 
 DIFFERING = """
-SELECT {made_key}, {stored_key}, to_jsonb(made), to_jsonb(stored)
+SELECT {either_key}
 FROM analytics_rebuild.{table} AS made
 FULL JOIN analytics.{table} AS stored ON {stored_is_made}
 WHERE ROW({made_columns}) IS DISTINCT FROM ROW({stored_columns})
 LIMIT %s
 """
 STILL_DIFFERING = """
-SELECT {made_key}, {stored_key}, to_jsonb(made), to_jsonb(stored)
+SELECT {either_key}, to_jsonb(made), to_jsonb(stored)
 FROM unnest({wanted_arrays}) AS wanted ({key})
 LEFT JOIN analytics_rebuild.{table} AS made ON {made_is_wanted}
 LEFT JOIN analytics.{table} AS stored ON {stored_is_wanted}

@@ -8,7 +8,7 @@ late.
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import psycopg
@@ -35,17 +35,16 @@ class PartitionStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """The whole platform. `problems` are faults that stop a partition, in words."""
+    """The whole platform, as `status --json` has it.
+
+    `problems` are faults that stop a partition, in words.
+    """
 
     partitions: Sequence[PartitionStatus]
     lag_rows: int
     lag_seconds: float
     dead_letters: int
     problems: Sequence[str]
-
-    def as_json(self) -> dict[str, Any]:
-        """The shape that `status --json` promises."""
-        return asdict(self)
 
 
 def read_status(

@@ -10,6 +10,9 @@ import pytest
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from data_platform import __main__ as command
+from data_platform import config, rebuild
+from data_platform.topics import Topics
 from tests.data_platform.conftest import Platform
 from tests.data_platform.histories import Event, event, history
 from tests.waiting import wait_until
@@ -169,6 +172,38 @@ def test_workers_and_readers_go_on_and_what_comes_meanwhile_is_there(platform: P
     assert "dead_letters" not in worker.log.read_text()
 
 
+def test_what_workers_load_between_filling_and_comparing_hides_no_damage(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rebuild, "LAST_LOOKS", 10)
+    for name, value in platform.environment().items():
+        monkeypatch.setenv(name, value)
+    settings = config.load(config.RebuildSettings)
+    events = history(60, seed=6)
+    _load(platform, events)
+    platform.execute(
+        "UPDATE analytics.fct_reservations SET amount = amount + 1 WHERE reservation_id ="
+        " (SELECT max(reservation_id) FROM analytics.fct_reservations)"
+    )
+    with rebuild._connected(platform.database.owner_url) as connection:
+        work = rebuild._Rebuild(
+            connection,
+            Topics(settings.client_properties()),
+            settings.consumer_properties(),
+            command._decoders(settings),
+        )
+        work.begin()
+        work.fill()
+        _load(platform, history(200, seed=7), before=len(events))
+        work.compare()
+        done = work.swap(dry_run=True)
+        work.clean_up()
+    assert {(one.what, one.where) for one in done.differences} == {
+        ("altered", "fct_reservations.amount")
+    }
+    assert done.changed == ["fct_reservations", "fct_reservation_seats"]
+
+
 @pytest.mark.parametrize("sign", ["rebuild_reads", "rebuild_tries_again"])
 def test_killed_it_has_changed_nothing_and_the_next_one_cleans_up(
     platform: Platform, sign: str
@@ -241,7 +276,8 @@ def test_it_refuses_what_would_lose_something(platform: Platform) -> None:
 
     assert (dependent.returncode, shortened.returncode) == (1, 1)
     assert "mine" in dependent.stderr
-    assert "begins at" in shortened.stderr
+    assert "begins at 1: only the tables have what was before" in shortened.stderr
+    assert "backup" in shortened.stderr
     assert _rows(platform) == rows
 
 
