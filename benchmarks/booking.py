@@ -21,7 +21,8 @@ from reservation_service.serve import THREADS_PER_WORKER
 
 LINES = WORKERS * THREADS_PER_WORKER
 ROUNDS = 3
-MOST_PER_S = 12_000
+WARM_UP_S = 2
+MOST_PER_S, MOST_STATEMENTS_PER_S = 5_000, 20_000
 HALL_SEATS = 50_000
 PLAN_SEATS = 5_000
 PLAN_AGAIN_MS = 5.0
@@ -57,7 +58,7 @@ def measure(around: Surroundings, results: Results, seconds: int, crowd_seats: i
     """Measure bookings beside their limits; then among many seats; then the plan of a hall."""
     old_way.make_function(around.owner_url)
     with own_outbox(around), shop(around) as ours, shop(around, "no-event") as without:
-        hall = make_hall(around.owner_url, (4 * ROUNDS + 4) * seconds * MOST_PER_S // 2)
+        hall = make_hall(around.owner_url, _seats_needed(seconds))
         settle(around.admin_url)
         labels = {"section": "booking", "contender": "all"}
         with around.steps.step("bookings, and what they consist of"), results.tolerating(labels):
@@ -86,7 +87,7 @@ def _beside_limits(
         STATEMENTS: lambda: _statements(around, hall, seconds),
     }
     for a_shop in shops:  # the first answers of each worker and connection
-        _book(a_shop, hall, max(2, seconds // 4))
+        _book(a_shop, hall, WARM_UP_S)
     found: dict[str, list[Figure]] = {name: [] for name in contenders}
     for number in range(ROUNDS):
         # There and back again: what wears off in a round does so for all.
@@ -97,13 +98,19 @@ def _beside_limits(
 
 
 def _book(a_shop: Shop, hall: Hall, seconds: int) -> Figure:
-    figure = a_shop.book(hall, at_most=seconds * MOST_PER_S // 2, lines=LINES, seconds=seconds)
+    figure = a_shop.book(hall, at_most=seconds * MOST_PER_S, lines=LINES, seconds=seconds)
     return figure | {"failed": sum(figure["answers"].values()) - figure["answers"].get("201", 0)}
+
+
+def _seats_needed(seconds: int) -> int:
+    """Return what all stretches together may take: two shops' rounds, and four among the crowd."""
+    over_http = 2 * WARM_UP_S + (2 * ROUNDS + 4) * seconds
+    return over_http * MOST_PER_S + ROUNDS * seconds * MOST_STATEMENTS_PER_S
 
 
 def _statements(around: Surroundings, hall: Hall, seconds: int) -> Figure:
     """Run the statement of a booking alone."""
-    count = seconds * MOST_PER_S
+    count = seconds * MOST_STATEMENTS_PER_S
     variables = {
         "n": "-1",
         "first_seat_id": str(hall.take(count)),

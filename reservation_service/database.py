@@ -16,7 +16,11 @@ from psycopg_pool import ConnectionPool
 Connection = psycopg.Connection[tuple[Any, ...]]
 
 CONNECT_TIMEOUT_S = 5
-POOL_TIMEOUT_S = 3.0
+# The pool has a connection for each thread: only a database that was away makes anybody wait.
+POOL_TIMEOUT_S = 5.0
+# Then a new attempt begins with the next request. The pool's own would be up to 16 s apart, and
+# who asks in between would be told that a database that is back is away.
+RECONNECT_TIMEOUT_S = 2.0
 LOCK_TIMEOUT_MS = 2_000
 STATEMENT_TIMEOUT_MS = 5_000
 # The server bounds its statements, but not when it is frozen itself: then we stop waiting. Longer
@@ -86,10 +90,10 @@ def connect(url: str, application_name: str) -> Connection:
 def transaction(connection: Connection) -> Iterator[None]:
     """One transaction in one pipeline; on an error nothing of it stays.
 
-    BEGIN travels with the first statements and COMMIT with the last: a booking takes three round
-    trips, and holds its locks for one less than with `Connection.transaction`, which waits for
-    each of the two. All results, COMMIT's too, have arrived when the block has ended; so an
-    answer is given after the block, never inside it.
+    BEGIN travels with the first statements and COMMIT with the last, so locks are held for a round
+    trip less than with `Connection.transaction`, which waits for each of the two. All results,
+    COMMIT's too, have arrived when the block has ended; so an answer is given after the block,
+    never inside it.
 
     Raises:
         psycopg.Error: a statement failed, at the latest at the end of the block.
@@ -116,7 +120,7 @@ def make_pool(url: str, size: int) -> ConnectionPool[Connection]:
         max_size=size,
         timeout=POOL_TIMEOUT_S,
         max_waiting=4 * size,
-        reconnect_timeout=30.0,
+        reconnect_timeout=RECONNECT_TIMEOUT_S,
         check=_still_there,
         name="reservations",
         open=False,

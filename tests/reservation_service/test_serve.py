@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -10,12 +11,17 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psycopg
 import pytest
+from psycopg.rows import dict_row
 
+from benchmarks.bookers import HOST
+from benchmarks.crowd import Answer, Client, Crowd, at_once, request
 from devstack.postgres import PostgresServer
 from devstack.processes import descendants
 from tests.conftest import MakePostgresServer, RunProcess
@@ -37,6 +43,10 @@ def own_server(make_postgres_server: MakePostgresServer) -> PostgresServer:
 def own_house(own_server: PostgresServer) -> Iterator[House]:
     with open_house(create_reservation_database(own_server)) as opened:
         yield opened
+
+
+def open_owner(url: str) -> psycopg.Connection[dict[str, Any]]:
+    return psycopg.connect(url, autocommit=True, row_factory=dict_row)
 
 
 def accepts(port: int) -> bool:
@@ -231,6 +241,48 @@ def test_a_restart_of_the_database_is_not_seen_by_who_calls_afterwards(
         own_server.stop()
         own_server.start()
         assert {answer.status_code for answer in pool.map(httpx.get, [url] * 20)} == {200}
+
+
+def test_a_restart_of_the_database_under_load_costs_503s_for_its_duration_and_nothing_else(
+    own_server: PostgresServer, own_house: House, serve: Serve
+) -> None:
+    served = serve("--workers", "2", env=own_house.environment)
+    answers: list[Answer] = []
+    stopped = threading.Event()
+
+    def customer(number: int) -> Client:
+        chance = random.Random(number)  # noqa: S311 - which seat he wants
+        while not stopped.is_set():
+            body = json.dumps(own_house.order(chance.choice(own_house.seat_ids), confirm=True))
+            answer = yield request("POST", "/api/reservations", bearer(f"c{number}"), body)
+            answers.append(answer)
+
+    def in_order(count: int) -> bool:
+        """Whether so many answers came, and the newest so many tell of no trouble."""
+        newest = answers[-count:]
+        return len(newest) == count and all(answer.status in {201, 409} for answer in newest)
+
+    with ThreadPoolExecutor(1) as pool:
+        customers = at_once(customer(number) for number in range(16))
+        crowd = pool.submit(Crowd((HOST, served.port), 16).run, customers, 120)
+        try:
+            wait_until(lambda: in_order(200), 30, "customers")
+            own_server.stop()
+            wait_until(lambda: answers[-1].status == 503, 30, "the outage to be seen")
+            own_server.start()
+            wait_until(lambda: in_order(500), 40, "the end of all trouble")
+        finally:
+            stopped.set()
+        crowd.result(30)
+    assert {answer.status for answer in answers} == {201, 409, 503}
+    told = [answer for answer in answers if answer.status == 503]
+    assert all(b"\nretry-after: 1" in answer.head.lower() for answer in told)
+    booked = sum(answer.status == 201 for answer in answers)
+    with open_owner(own_house.database.owner_url) as owner:
+        house = replace(own_house, owner=owner)  # the restart has ended the other connection
+        # A COMMIT whose answer the restart cut off may have been one.
+        assert booked <= len(house.events()) <= len(house.seat_ids)
+        house.check()
 
 
 def test_the_sweeper_outlives_the_database_and_ends_with_0(
