@@ -11,8 +11,11 @@ Guarantees:
   up. (An answer that a client takes byte by byte does hold its thread: on the open Internet let a
   proxy that buffers stand before the service.)
 - Nothing waits until a client closes its side.
+- When all connections that a worker may have are taken, the one that has been silent for longest
+  makes room for a new one.
 """
 
+import errno
 import re
 import socket
 import struct
@@ -36,6 +39,8 @@ STALLED_TIMEOUT_S = 5
 CLOSING_TIMEOUT_S = 2.0
 GATHERED_MAX_BYTES = 98_304
 RECEIVED_MAX_BYTES = 65_536
+# Of a body that nobody has read gunicorn throws away so much less one to keep a connection.
+DRAINED_MAX_BYTES = 65_536
 CHUNK_LINE_MAX_BYTES = 1_024
 
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -114,13 +119,22 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             client, address = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
+        except OSError as error:
+            if error.errno not in {errno.EMFILE, errno.ENFILE}:
+                raise
+            self._make_room()
+            return
         self.nr_conns += 1
+        if self.nr_conns >= self.worker_connections:
+            self._make_room()
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             client.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", STALLED_TIMEOUT_S, 0))
         self._gather(TConn(self.cfg, client, address, listener.getsockname()))
 
     def on_client_socket_readable(self, conn: TConn, client: socket.socket) -> None:
         """Gather the next request of a connection that was kept alive."""
+        if client.fileno() < 0:  # in this very turn of the loop it has made room for another
+            return
         self.poller.unregister(client)
         self.keepalived_conns.remove(conn)
         self._gather(conn)
@@ -149,10 +163,19 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self._gathering[conn] = (min(at_s, drop_at_s), gathered)
 
     def handle_request(self, req: Request, conn: TConn) -> bool:
-        """Answer; after a large body, which may not have been wanted, the connection ends."""
-        if conn.is_large:
+        """Answer; after a large body, which may not have been wanted, the connection ends.
+
+        gunicorn would end it as well when much of the body is left, but without a word.
+        """
+        if conn.ends:
             req.force_close()
         return bool(super().handle_request(req, conn))
+
+    def _make_room(self) -> None:
+        if self._gathering:
+            self._drop(next(iter(self._gathering)))
+        elif self.keepalived_conns:
+            self._drop(self.keepalived_conns.popleft())
 
     def _gather(self, conn: TConn, ahead: bytes = b"") -> None:
         conn.sock.setblocking(False)
@@ -164,6 +187,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self._receive(conn, conn.sock)
 
     def _receive(self, conn: TConn, client: socket.socket) -> None:
+        if conn not in self._gathering:  # likewise
+            return
         gathered = self._gathering[conn][1]
         try:
             received = client.recv(RECEIVED_MAX_BYTES)
@@ -179,7 +204,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self.poller.unregister(client)
             del self._gathering[conn]
             conn.init()
-            conn.is_large = gathered.is_large
+            conn.ends = gathered.is_large or len(gathered.data) > DRAINED_MAX_BYTES
             conn.parser.unreader.unread(bytes(gathered.data))
             self.enqueue_req(conn)
         elif gathered.wants_continue:
@@ -203,6 +228,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self._closing[conn] = (time.monotonic() + CLOSING_TIMEOUT_S, None)
 
     def _throw_away(self, conn: TConn, client: socket.socket) -> None:
+        if conn not in self._closing:
+            return
         try:
             ended = not client.recv(RECEIVED_MAX_BYTES)
         except BlockingIOError:

@@ -19,6 +19,8 @@ from tests.waiting import wait_until
 SLOW_CLIENTS = 40
 PROMPT_S = 3.0
 ANSWER_MAX_BYTES = 65_536
+# What gunicorn lets a worker have.
+CONNECTIONS = 1_000
 
 POST = (
     b"POST /api/reservations HTTP/1.1\r\nHost: 127.0.0.1\r\n"
@@ -189,3 +191,17 @@ def test_a_request_is_there_when_nothing_more_is_needed_however_it_came(
             if found and there:
                 break
         assert found == there
+
+
+def test_more_silent_connections_than_a_worker_takes_keep_nobody_out(
+    serve: Serve, sockets: ExitStack
+) -> None:
+    served = serve("--workers", "1")
+    for sent in (b"", WHOLE[:-2]):
+        for _ in range(CONNECTIONS // 2 + 100):
+            connect(served, sockets, sent)
+    began_s = time.monotonic()
+    kept_alive = connect(served, sockets, WHOLE)
+    assert status(kept_alive) == b"200"
+    assert httpx.get(f"{served.url}/api/concerts", timeout=20).status_code == 200
+    assert time.monotonic() - began_s < PROMPT_S
