@@ -70,7 +70,7 @@ contracts: $(INSTALLED) ## generate contracts/asyncapi.yaml and contracts/analyt
 wheel: $(INSTALLED) ## build the wheel into dist/
 	@$(RUN) pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
-bench: $(INSTALLED) ## measure the relay: PEERS=1 Debezium too, SIZE=quick, standard or full
+bench: $(INSTALLED) ## measure every part: PEERS=1 Debezium too, SIZE=quick, standard or full
 	@DEVSTACK_PARENT=$$PPID exec $(RUN) benchmarks --size $(SIZE) $(if $(filter 1,$(PEERS)),--peers)
 
 clean: ## remove what was made here, but keep the download cache
