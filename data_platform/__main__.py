@@ -80,7 +80,7 @@ def main() -> None:
 
 @main.command()
 def migrate() -> None:
-    """Bring the analytics database's schema up to date (ANALYTICS_OWNER_DATABASE_URL)."""
+    """Bring the analytics schema up to date. As ANALYTICS_OWNER_DATABASE_URL."""
     # Alembic and SQLAlchemy only here: the other commands start sooner without.
     from sqlalchemy.exc import DBAPIError, SQLAlchemyError  # noqa: PLC0415
 
@@ -94,7 +94,10 @@ def migrate() -> None:
             migrations.upgrade("analytics", url)
         except SQLAlchemyError as error:
             cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
-            raise CommandError(f"Postgres: {told(cause)}") from error
+            to_do = ""
+            if isinstance(cause, psycopg.errors.LockNotAvailable):
+                to_do = "; somebody's query holds a table. Nothing has changed: run it again"
+            raise CommandError(f"Postgres: {told(cause)}{to_do}") from error
 
 
 @main.command()
@@ -168,7 +171,7 @@ def _serve(health: Health, settings: config.Settings) -> None:
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for programs.")
 def status(*, as_json: bool) -> None:
-    """Say how far the tables are behind Kafka; exit 1 when a partition can't go on."""
+    """Say how far the tables are behind Kafka. Exit 1 when a partition can't go on."""
     with _clear_errors():
         settings = config.load(config.Settings)
         logs.set_up(settings.log_level)
@@ -202,7 +205,7 @@ def _in_words(found: Status) -> str:
     help="The file to write; standard output without.",
 )
 def report(*, output: Path | None) -> None:
-    """Write a page about the bookings, with charts, as one HTML file (ANALYST_DATABASE_URL)."""
+    """Write a page about the bookings. One HTML file with charts, read as ANALYST_DATABASE_URL."""
     from data_platform import report as pages  # noqa: PLC0415 - the others start sooner without
 
     with _clear_errors():
@@ -224,7 +227,7 @@ def report(*, output: Path | None) -> None:
 
 @main.command()
 def doctor() -> None:
-    """Examine what the workers stand on; say what is wrong and what to do about it."""
+    """Examine what the workers stand on. Say what is wrong and what to do about it."""
     from data_platform import doctor as examiner  # noqa: PLC0415 - Alembic comes along
 
     with _clear_errors():
@@ -235,7 +238,7 @@ def doctor() -> None:
 
 @main.group("dead-letters")
 def dead_letters() -> None:
-    """Look at records that could not be loaded because of what they contain."""
+    """Look at records that could not be loaded. Only for what they contain is one put aside."""
 
 
 @dead_letters.command("list")
@@ -244,7 +247,7 @@ def dead_letters() -> None:
 @click.option("--reason", help="Only with this reason.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON object a line, for programs.")
 def list_dead_letters(limit: int, topic: str | None, reason: str | None, *, as_json: bool) -> None:
-    """Print the newest dead letters, a line each, without what they contain."""
+    """Print the newest dead letters, a line each. `show` tells what one contains."""
     with _clear_errors():
         url = config.load(config.DatabaseSettings).analytics_database_url.get_secret_value()
         rows = letters.read_list(url, letters.Scope(topic, reason=reason), limit)
@@ -285,7 +288,7 @@ def replay_dead_letters(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Load dead letters again: all, those with a REASON, of a TOPIC or PARTITION, or one.
+    """Load dead letters again. All, those with a REASON, of a TOPIC or PARTITION, or one.
 
     Those still bad stay. May be repeated at any time, beside workers and other replays.
     """
@@ -309,7 +312,7 @@ def replay_dead_letters(
 @click.option("--dry-run", is_flag=True, help="Only compare; exit 1 where something differs.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for programs.")
 def rebuild(*, dry_run: bool, as_json: bool) -> None:
-    """Make all tables again from Kafka (ANALYTICS_OWNER_DATABASE_URL), beside the workers.
+    """Make all tables again from Kafka. Workers go on; as ANALYTICS_OWNER_DATABASE_URL.
 
     What comes out different is put into the old tables' place, in one short transaction.
     """
@@ -347,9 +350,14 @@ def _rebuilt_in_words(done: Rebuilt, *, dry_run: bool) -> str:
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for programs.")
 @click.option("--without-service", is_flag=True, help="Compare only topic and tables.")
-@click.option("--every", "interval_s", type=click.FloatRange(min=1), help="Again and again.")
+@click.option(
+    "--every",
+    "interval_s",
+    type=click.FloatRange(min=1),
+    help="Again and again, every so many seconds.",
+)
 def reconcile(*, as_json: bool, without_service: bool, interval_s: float | None) -> None:
-    """Compare reservations, outbox, topic and tables; name each difference, exit 1 on any.
+    """Compare service, outbox, topic and tables. Name each difference, exit 1 on any.
 
     Changes nothing. With --every it goes on until SIGTERM, and METRICS_PORT tells the outcome.
     """

@@ -126,6 +126,11 @@ def test_a_kafka_error_is_waited_out_unless_it_is_fatal() -> None:
     assert cure_of(KafkaException(fatal)) is Cure.END
 
 
+@pytest.mark.parametrize("kind", [RivalError, MostlyRefusedError, KafkaTroubleError])
+def test_what_somebody_else_has_to_do_first_is_waited_out(kind: type[Exception]) -> None:
+    assert cure_of(kind()) is Cure.WAIT
+
+
 def test_a_fault_of_ours_ends_the_worker() -> None:
     assert cure_of(TypeError("x")) is Cure.END
 

@@ -1,5 +1,6 @@
 """The analysts' views on data whose answers can be counted by hand, and who may do what."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -307,6 +308,30 @@ def test_the_migration_lets_readers_and_the_loader_work_and_mends_a_broken_index
             loader.execute("SELECT count(*) FROM analytics.fct_reservation_events")
     assert upgrade.wait(60) == 0
     assert ask(url, INDEXES) == [(4,)]
+
+
+def test_a_migration_behind_a_long_query_gives_way_after_seconds_and_may_be_repeated(
+    old_database: AnalyticsDatabase,
+) -> None:
+    migrate = [sys.executable, "-m", "data_platform", "migrate"]
+    environment = os.environ | {"ANALYTICS_OWNER_DATABASE_URL": old_database.owner_url}
+    with psycopg.connect(old_database.analyst_url) as analyst:
+        analyst.execute("SELECT count(*) FROM analytics.fct_reservations")  # and goes on
+        behind = subprocess.Popen(migrate, env=environment, stderr=subprocess.PIPE, text=True)
+        waiting = (
+            "SELECT 1 FROM pg_stat_activity WHERE datname = current_database()"
+            " AND application_name = 'migrations' AND wait_event_type = 'Lock'"
+        )
+        wait_until(lambda: bool(ask(old_database.owner_url, waiting)), 30, "the migration to wait")
+        # Whoever comes now has to queue behind it, but not for long.
+        with psycopg.connect(old_database.analyst_url, options="-c lock_timeout=6s") as other:
+            other.execute("SELECT count(*) FROM analytics.fct_reservations")
+        assert behind.wait(20) == 1
+        assert behind.stderr is not None
+        assert "Nothing has changed: run it again" in behind.stderr.read()
+        behind.stderr.close()
+    assert subprocess.run(migrate, env=environment, check=False, timeout=60).returncode == 0
+    assert ask(old_database.owner_url, INDEXES) == [(4,)]
 
 
 def test_two_migrations_at_once_wait_for_each_other_while_indexes_are_built(
