@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo up stack test check lint format lock contracts wheel bench chaos clean
+.PHONY: help install demo up stack test check lint format lock contracts wheel bench chaos screenshots clean
 
 PYTHON ?= python3
 BROKERS ?= 1
@@ -62,6 +62,7 @@ format: $(INSTALLED) ## let ruff format and mend what it can
 lock: $(INSTALLED) ## compile the lock files again from pyproject.toml
 	@COMPILE="$(BIN)/uv pip compile --quiet --generate-hashes --no-header --universal --python-version 3.11 --no-emit-find-links --upgrade pyproject.toml"; \
 	$$COMPILE --all-extras --group dev -o requirements/dev.txt; \
+	$$COMPILE --group build -c requirements/dev.txt -o requirements/build.txt; \
 	for extra in service relay loader; do $$COMPILE --extra $$extra -c requirements/dev.txt -o requirements/$$extra.txt; done
 
 contracts: $(INSTALLED) ## generate contracts/asyncapi.yaml and contracts/analytics.odcs.yaml again
@@ -72,6 +73,9 @@ wheel: $(INSTALLED) ## build the wheel into dist/
 
 bench: $(INSTALLED) ## measure every part: PEERS=1 Debezium too, SIZE=quick, standard or full
 	@DEVSTACK_PARENT=$$PPID exec $(RUN) benchmarks --size $(SIZE) $(if $(filter 1,$(PEERS)),--peers)
+
+screenshots: $(INSTALLED) ## take the pictures of the booking pages in docs/images again (needs Chromium)
+	@DEVSTACK_PARENT=$$PPID exec $(RUN) tests.browser.screenshots
 
 clean: ## remove what was made here, but keep the download cache
 	@rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

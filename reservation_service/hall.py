@@ -1,7 +1,6 @@
 """A hall as the page draws it: sections of rows of seats, and the prices in a legend."""
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any, NamedTuple
 
 from reservation_service import language
@@ -48,13 +47,13 @@ class Plan(NamedTuple):
 
 
 def plan_of(seats: Sequence[SeatAnswer]) -> Plan:
-    """Arrange the seats, which come in the plan's order; a row may come in parts."""
+    """Arrange the seats, which come in the plan's order; a section or a row may come in parts."""
     prices = sorted({seat.price for seat in seats}, reverse=True)
     places = {price: place for place, price in enumerate(prices)}
-    sections = [
-        _section(name, list(of_section), places)
-        for name, of_section in groupby(seats, key=lambda seat: seat.section)
-    ]
+    by_section: dict[str, list[SeatAnswer]] = {}
+    for seat in seats:
+        by_section.setdefault(seat.section, []).append(seat)
+    sections = [_section(name, of_section, places) for name, of_section in by_section.items()]
     return Plan(
         sections,
         prices,

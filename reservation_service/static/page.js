@@ -69,6 +69,7 @@ class Hall {
 
   start() {
     for (const hint of this.form.querySelectorAll(".script, .zoom")) hint.hidden = false;
+    for (const hint of this.form.querySelectorAll(".noscript")) hint.hidden = true;
     this.form.addEventListener("click", (event) => this.clicked(event));
     if (this.open) {
       this.restore();
