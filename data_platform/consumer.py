@@ -235,11 +235,11 @@ class Source:
         for message in messages:
             error = message.error()
             if error is not None:
-                self._take_error(_partition_of(message), error, int(message.offset() or 0))
+                self._take_error(partition_of(message), error, int(message.offset() or 0))
                 continue
             part = slices.get((message.topic(), message.partition()))
             if part is None:
-                part = self._begin_slice(_partition_of(message))
+                part = self._begin_slice(partition_of(message))
                 if part is None:  # fetched just before the partition was taken away
                     continue
             part.messages.append(message)
@@ -352,7 +352,8 @@ class Source:
         self._away = False
 
 
-def _partition_of(message: Message) -> Partition:
+def partition_of(message: Message) -> Partition:
+    """Return the partition that a message came from."""
     return Partition(str(message.topic()), int(message.partition() or 0))
 
 

@@ -22,7 +22,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported
 from psycopg.rows import dict_row
 
 import migrations
-from data_platform import sql_doctor
+from data_platform import sql, sql_doctor
 from data_platform.config import Settings
 from data_platform.errors import KafkaTroubleError
 from data_platform.loader import APPLICATION_NAME, CONNECT_TIMEOUT_S, TRANSACTION_LIMIT_S
@@ -502,7 +502,7 @@ class _Lag:
         cls, connection: psycopg.Connection[Any], topics: Topics, settings: Settings
     ) -> "_Lag":
         stored: dict[str, dict[int, StoredOffset]] = {}
-        for row in _rows(connection, sql_doctor.OFFSETS):
+        for row in _rows(connection, sql.READ_ALL_OFFSETS):
             place = StoredOffset(row["next_offset"], row["topic_id"])
             stored.setdefault(row["topic"], {})[row["kafka_partition"]] = place
         rows, faults = 0, []

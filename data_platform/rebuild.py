@@ -282,7 +282,7 @@ class _Rebuild:
 
     def _look_at_topics(self) -> None:
         described: dict[str, Topic] = {}
-        for name, partition, next_offset, topic_id in self._do(sql_rebuild.READ_OFFSETS):
+        for name, partition, next_offset, topic_id in self._do(sql.READ_ALL_OFFSETS):
             if name not in self._decoders:
                 raise RebuildRefusedError(f"rows of topic {name} are loaded, which is not read")
             topic = described.get(name) or described.setdefault(name, self._topics.look(name))
@@ -339,7 +339,7 @@ class _Rebuild:
         self._do(sql_rebuild.LOADING_SESSION)
 
     def _loaded(self) -> dict[Partition, int]:
-        rows = self._do(sql_rebuild.READ_OFFSETS)
+        rows = self._do(sql.READ_ALL_OFFSETS)
         return {Partition(row[0], row[1]): int(row[2]) for row in rows}
 
     def _load(self, ends: Mapping[Partition, int]) -> None:

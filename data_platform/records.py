@@ -12,7 +12,7 @@ from typing import Any
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from data_platform.batch import Slice
-from data_platform.consumer import LOST_PLACE, Partition
+from data_platform.consumer import LOST_PLACE, Partition, partition_of
 from data_platform.errors import KafkaTroubleError
 from data_platform.topics import Span
 
@@ -62,7 +62,7 @@ def read(consumer: Mapping[str, Any], spans: Mapping[Partition, Span]) -> Iterat
 
 def _take(message: Message, waiting: dict[Partition, Span], slices: dict[Partition, Slice]) -> int:
     """Put a record into its slice and return its size in bytes; see where a partition is done."""
-    place = Partition(str(message.topic()), int(message.partition() or 0))
+    place = partition_of(message)
     offset = int(message.offset() or 0)
     error = message.error()
     if error is not None:

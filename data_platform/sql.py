@@ -198,6 +198,11 @@ WHERE topic = %(topic)s
 ORDER BY kafka_partition
 """
 
+READ_ALL_OFFSETS = """
+SELECT topic, kafka_partition, next_offset, topic_id FROM analytics.load_offsets
+ORDER BY topic, kafka_partition
+"""
+
 LOCK_OFFSETS = """
 SELECT topic, kafka_partition, next_offset, topic_id
 FROM analytics.load_offsets

@@ -160,9 +160,4 @@ FROM (SELECT topic, reason, first_seen_at FROM analytics.dead_letters LIMIT 1000
 GROUP BY topic, reason ORDER BY count(*) DESC, topic, reason LIMIT 20
 """
 
-OFFSETS = """
-SELECT topic, kafka_partition, next_offset, topic_id FROM analytics.load_offsets
-ORDER BY topic, kafka_partition
-"""
-
 WAIT_A_SECOND = "SELECT pg_sleep(1)"

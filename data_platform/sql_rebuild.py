@@ -211,11 +211,6 @@ LEFT JOIN analytics.{table} AS stored ON {stored_is_wanted}
 WHERE ROW({made_columns}) IS DISTINCT FROM ROW({stored_columns})
 """
 
-READ_OFFSETS = """
-SELECT topic, kafka_partition, next_offset, topic_id FROM analytics.load_offsets
-ORDER BY topic, kafka_partition
-"""
-
 # Workers lock their offset rows first of all, and claim new ones. From here on none of them is
 # within a load, and readers notice nothing.
 LOCK_OFFSETS = "LOCK TABLE analytics.load_offsets IN EXCLUSIVE MODE"

@@ -190,11 +190,6 @@ WHERE (told.version, told.status, told.customer_id, told.concert_id, told.perfor
 LIMIT %(limit)s
 """
 
-READ_OFFSETS = """
-SELECT topic, kafka_partition, next_offset, topic_id FROM analytics.load_offsets
-ORDER BY topic, kafka_partition
-"""
-
 CREATE_TOLD = """
 CREATE TEMPORARY TABLE told_events (LIKE analytics.fct_reservation_events INCLUDING DEFAULTS)
 ON COMMIT DELETE ROWS

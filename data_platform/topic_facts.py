@@ -15,7 +15,7 @@ from data_platform import records, star
 from data_platform import sql as loading
 from data_platform import sql_reconcile as sql
 from data_platform.batch import BadRecord, Row, Slice, decode
-from data_platform.consumer import Partition
+from data_platform.consumer import Partition, partition_of
 from data_platform.differences import Difference
 from data_platform.errors import KafkaTroubleError
 from data_platform.events import ConcertEvent, Decoder
@@ -67,7 +67,7 @@ class TopicFacts:
             Partition(topic, number): Span(span.first, span.first)
             for number, span in described.spans.items()
         }
-        for name, number, next_offset, topic_id in self._tables.execute(sql.READ_OFFSETS):
+        for name, number, next_offset, topic_id in self._tables.execute(loading.READ_ALL_OFFSETS):
             if name == topic:
                 fault = described.fault(number, StoredOffset(next_offset, topic_id))
                 if fault:
@@ -154,8 +154,9 @@ class TopicFacts:
         """A bad record is to be found among the dead letters."""
         at: dict[Partition, dict[int, BadRecord]] = {}
         for record in bad:
-            place = Partition(str(record.message.topic()), int(record.message.partition() or 0))
-            at.setdefault(place, {})[int(record.message.offset() or 0)] = record
+            at.setdefault(partition_of(record.message), {})[int(record.message.offset() or 0)] = (
+                record
+            )
         for place, there in at.items():
             kept = self._letters_at(place, there)
             report.count("dead letters", len(kept))
