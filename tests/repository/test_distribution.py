@@ -115,4 +115,4 @@ def test_a_lock_pins_everything_with_hashes_and_names_no_index(lock: Path) -> No
 
 
 def test_every_part_has_a_lock_of_its_own() -> None:
-    assert {lock.stem for lock in LOCKS} == {"dev", "service", "relay", "loader"}
+    assert {lock.stem for lock in LOCKS} == {"dev", "build", "service", "relay", "loader"}
