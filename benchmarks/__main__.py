@@ -15,14 +15,18 @@ from benchmarks import (
     analysts,
     booking,
     charts,
+    connect,
     contenders,
     debezium,
     drain,
+    growth,
     idle,
+    jdbc_sink,
     latency,
     loader,
     onsale,
     outage,
+    quix,
     reconcile,
     report,
     writers,
@@ -35,7 +39,7 @@ from devstack.steps import Steps
 
 RESULTS = Path(__file__).with_name("results")
 SECTIONS = (
-    *("drain", "latency", "idle", "writers", "loader", "analysts", "reconcile"),
+    *("drain", "latency", "idle", "writers", "loader", "growth", "analysts", "reconcile"),
     *("booking", "onsale", "outage"),
 )
 # Whole figures, even where a narrow terminal breaks the lines.
@@ -51,6 +55,7 @@ class Size:
     idle_s: int
     writers_s: int
     loader_rows: int
+    growth_events: tuple[int, ...]
     analysts_events: int
     reconcile_events: int
     booking_s: int
@@ -66,6 +71,7 @@ SIZES = {
         idle_s=10,
         writers_s=5,
         loader_rows=200_000,
+        growth_events=(100_000, 400_000),
         analysts_events=100_000,
         reconcile_events=100_000,
         booking_s=3,
@@ -79,6 +85,7 @@ SIZES = {
         idle_s=30,
         writers_s=15,
         loader_rows=1_000_000,
+        growth_events=(200_000, 1_000_000),
         analysts_events=1_000_000,
         reconcile_events=1_000_000,
         booking_s=8,
@@ -92,6 +99,7 @@ SIZES = {
         idle_s=30,
         writers_s=30,
         loader_rows=2_000_000,
+        growth_events=(1_000_000, 5_000_000, 10_000_000, 20_000_000),
         analysts_events=10_000_000,
         reconcile_events=10_000_000,
         booking_s=15,
@@ -104,7 +112,9 @@ SIZES = {
 
 @click.command()
 @click.argument("sections", nargs=-1, type=click.Choice(SECTIONS))
-@click.option("--peers", is_flag=True, help="measure Debezium too (downloads it once)")
+@click.option(
+    "--peers", is_flag=True, help="measure Debezium and Quix Streams too (downloads them once)"
+)
 @click.option("--size", type=click.Choice(list(SIZES)), default="standard", show_default=True)
 @click.option(
     "--results",
@@ -137,26 +147,21 @@ def _measure(
 ) -> None:
     """Measure a section; what breaks it as a whole is a figure too, and the next one begins."""
     with results.tolerating({"section": section, "contender": "all"}):
-        if section == "drain":
-            drain.measure(around, results, size.rows, peers=peers)
-        elif section == "latency":
-            latency.measure(around, results, size.latency_s, peers=peers)
-        elif section == "idle":
-            idle.measure(around, results, size.idle_s)
-        elif section == "writers":
-            writers.measure(around, results, size.writers_s)
-        elif section == "loader":
-            loader.measure(around, results, size.loader_rows, size.latency_s)
-        elif section == "booking":
-            booking.measure(around, results, size.booking_s, size.crowd_seats)
-        elif section == "onsale":
-            onsale.measure(around, results)
-        elif section == "outage":
-            outage.measure(around, results, size.outage_s, size.outage_rounds)
-        elif section == "reconcile":
-            reconcile.measure(around, results, size.reconcile_events)
-        else:
-            analysts.measure(around, results, size.analysts_events)
+        {
+            "drain": lambda: drain.measure(around, results, size.rows, peers=peers),
+            "latency": lambda: latency.measure(around, results, size.latency_s, peers=peers),
+            "idle": lambda: idle.measure(around, results, size.idle_s),
+            "writers": lambda: writers.measure(around, results, size.writers_s),
+            "loader": lambda: loader.measure(
+                around, results, size.loader_rows, size.latency_s, peers=peers
+            ),
+            "growth": lambda: growth.measure(around, results, size.growth_events),
+            "analysts": lambda: analysts.measure(around, results, size.analysts_events),
+            "reconcile": lambda: reconcile.measure(around, results, size.reconcile_events),
+            "booking": lambda: booking.measure(around, results, size.booking_s, size.crowd_seats),
+            "onsale": lambda: onsale.measure(around, results),
+            "outage": lambda: outage.measure(around, results, size.outage_s, size.outage_rounds),
+        }[section]()
 
 
 def _settings(size: str, *, peers: bool) -> dict[str, object]:
@@ -174,11 +179,13 @@ def _settings(size: str, *, peers: bool) -> dict[str, object]:
     if peers:
         found["debezium"] = {
             "version": debezium.VERSION,
-            "java_options": debezium.JAVA_OPTIONS,
+            "java_options": connect.JAVA_OPTIONS,
             "connector": debezium.CONNECTOR,
             "throughput": debezium.THROUGHPUT,
             "low_latency": debezium.LOW_LATENCY,
         }
+        found["jdbc_sink"] = {"version": jdbc_sink.VERSION, "connector": jdbc_sink.CONNECTOR}
+        found["quix_streams"] = {"version": quix.VERSION, "commit_every": quix.COMMIT_ROWS}
     return found
 
 

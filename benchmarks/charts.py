@@ -41,6 +41,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         "drain": _drain(figures),
         "cost-per-event": _cost(figures),
         "latency": _latency(figures),
+        "growth": _growth(figures),
         "outage-wrong": _outage(figures, WRONG_TITLE, _wrong_percent),
         "outage-p99": _outage(figures, P99_TITLE, lambda figure: float(figure["p99_ms"])),
     }
@@ -110,6 +111,21 @@ def _latency(figures: Sequence[Figure]) -> pygal.Graph | None:
             values += [found[quantile] if found else None for quantile in QUANTILES]
         chart.add(_label(name), values)
     chart.value_formatter = lambda value: f"{value:.1f}"
+    return chart
+
+
+def _growth(figures: Sequence[Figure]) -> pygal.Graph | None:
+    """CPU of an event by what the tables hold already."""
+    measured = [figure for figure in figures if figure["section"] == "growth"]
+    if len(measured) < 2:
+        return None
+    parts = {"cpu_us_per_event": "worker", "postgres_us_per_event": "Postgres"}
+    title = "CPU microseconds per event loaded, by events in the tables"
+    chart = _chart(pygal.StackedBar, ["at_least_once", "debezium"], title)
+    chart.x_labels = [f"{figure['rows']:,}" for figure in measured]
+    for field, label in parts.items():
+        chart.add(label, [figure[field] for figure in measured])
+    chart.value_formatter = lambda value: f"{value:,.1f}"
     return chart
 
 

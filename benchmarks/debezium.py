@@ -5,38 +5,23 @@ stopped and resumed in the same JVM is warm; before that it has made its slot, s
 written meanwhile is all its own to read.
 """
 
-import json
-import socket
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_urlsafe
-from typing import Any, Self
 from urllib.parse import urlsplit
 
 import psycopg
 from psycopg import sql
 
-from benchmarks import events
+from benchmarks import connect, events
 from benchmarks.surroundings import Surroundings
-from devstack import java
-from devstack.kafka import LOG_OPTIONS
-from devstack.processes import Process, wait_until
-from devstack.state import free_port
+from devstack.processes import wait_until
 
 VERSION = "3.7.0.Final"
 POM = Path(__file__).with_name("debezium-pom.xml")
-JAVA_OPTIONS = [
-    # As Connect's own start script has them.
-    *("-Xms256M", "-Xmx2G", "-server", "-XX:+UseG1GC", "-XX:MaxGCPauseMillis=20"),
-    *("-XX:InitiatingHeapOccupancyPercent=35", "-XX:+ExplicitGCInvokesConcurrent"),
-]
-START_TIMEOUT_S = 90.0
 STATE_TIMEOUT_S = 60.0
-REQUEST_TIMEOUT_S = 30.0
 ROLE = "bench_debezium"
 PUBLICATION = "bench_debezium"
 
@@ -80,9 +65,6 @@ CONNECTOR = {
 WORKER = {
     "key.converter": "org.apache.kafka.connect.storage.StringConverter",
     "value.converter": "org.apache.kafka.connect.storage.StringConverter",
-    "connector.client.config.override.policy": "All",
-    "plugin.discovery": "hybrid_warn",
-    "offset.flush.interval.ms": "5000",
 }
 
 PUBLISH = (
@@ -95,49 +77,19 @@ DROP_SLOT = (
 )
 
 
-class Connect:
-    """Kafka Connect in one JVM. A context manager."""
+class Connect(connect.Connect):
+    """Kafka Connect with the Postgres connector. A context manager."""
 
     def __init__(self, around: Surroundings) -> None:
-        self._around = around
-        self._port = free_port()
+        super().__init__(around, f"Debezium {VERSION}", POM, f"debezium-{VERSION}", WORKER)
         self._password = token_urlsafe(24)
-        self._process: Process | None = None
 
-    def __enter__(self) -> Self:
-        around, run = self._around, self._around.stack.run
-        version = java.kafka_version()
-        with around.steps.step(f"Debezium {VERSION} in Kafka Connect {version}") as step:
-            jars = java.jars_of(POM, f"debezium-{VERSION}-connect-{version}", run, step.note)
-            program, _ = java.java_and_jars(run, step.note)
-            self._prepare_database()
-            settings = run.path / "connect.properties"
-            settings.write_text(self._worker_properties(), encoding="utf-8")
-            self._process = Process(
-                [
-                    *(program, f"-Djava.io.tmpdir={run.path}", "-XX:-UsePerfData"),
-                    *(*JAVA_OPTIONS, *LOG_OPTIONS, "-cp", f"{jars}/*"),
-                    *("org.apache.kafka.connect.cli.ConnectStandalone", settings),
-                ],
-                name="Kafka Connect",
-                log=run.path / "connect.log",
-                keep_fds=[run.lock_fd],
-            )
-            self._process.wait_ready(self._answers, START_TIMEOUT_S)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.stop()
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
         with self._admin() as connection:
             connection.execute(f"DROP PUBLICATION {PUBLICATION}")
             connection.execute(f"DROP OWNED BY {ROLE}")
             connection.execute(f"DROP ROLE {ROLE}")
-
-    @property
-    def process(self) -> Process:
-        """The JVM."""
-        assert self._process  # noqa: S101 - within the block
-        return self._process
 
     @contextmanager
     def connector(self, name: str, settings: dict[str, str], topic: str) -> Iterator["Connector"]:
@@ -157,41 +109,14 @@ class Connect:
             self.call("DELETE", f"/connectors/{name}")
             wait_until(lambda: self._drop_slot(name), STATE_TIMEOUT_S, f"the end of slot {name}")
 
-    def call(self, method: str, path: str, body: object = None) -> Any:
-        """Ask Connect's REST interface.
-
-        Raises:
-            RuntimeError: it refused.
-        """
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self._port}{path}",
-            method=method,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as answer:  # noqa: S310 - our own JVM
-                text = answer.read()
-        except urllib.error.HTTPError as error:
-            raise RuntimeError(f"Kafka Connect: {method} {path}: {error.read()[:500]!r}") from error
-        return json.loads(text) if text else None
-
     def streams(self, name: str) -> bool:
         """Whether a connector reads its slot."""
         with self._admin() as connection:
             found = connection.execute(SLOT_ACTIVE, [slot(name)]).fetchone()
         return found == (1,)
 
-    def _answers(self) -> bool:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", self._port)):
-                return False
-        try:
-            return bool(self.call("GET", "/connectors") == [])
-        except (RuntimeError, urllib.error.URLError, OSError):
-            return False
-
-    def _prepare_database(self) -> None:
+    def prepare(self) -> None:
+        """Make the role and the publication."""
         with self._admin() as connection:
             connection.execute(
                 sql.SQL("CREATE ROLE {} LOGIN REPLICATION PASSWORD {}").format(
@@ -211,14 +136,6 @@ class Connect:
 
     def _admin(self) -> psycopg.Connection:
         return psycopg.connect(self._around.admin_url, autocommit=True)
-
-    def _worker_properties(self) -> str:
-        settings = WORKER | {
-            "bootstrap.servers": self._around.bootstrap_servers,
-            "listeners": f"http://127.0.0.1:{self._port}",
-            "offset.storage.file.filename": str(self._around.stack.run.path / "connect.offsets"),
-        }
-        return "".join(f"{name}={value}\n" for name, value in settings.items())
 
     def _database(self, name: str) -> dict[str, str]:
         url = urlsplit(self._around.owner_url)

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import booking, loader, onsale, outage
+from benchmarks import booking, growth, loader, onsale, outage
 from benchmarks.goals import goals
 from benchmarks.latency import QUANTILES
 from benchmarks.results import Figure, Results, wrong
@@ -30,7 +30,8 @@ def sheets(results: Results) -> list[Sheet]:
     """Return the tables of a run; empty ones are left out."""
     figures = results.figures
     found = [_drain(figures), _latency(figures), _idle(figures), _writers(figures)]
-    found += [_loader(figures), _visible(figures), _analysts(figures), _migration(figures)]
+    found += [_loader(figures), _visible(figures), _growth(figures), _analysts(figures)]
+    found += [_migration(figures), _reconcile(figures)]
     found += [_booking(figures), _plan(figures), _onsale(figures), _ways(figures), _kafka(figures)]
     return [sheet for sheet in [*found, _goals(figures)] if sheet.rows]
 
@@ -157,6 +158,44 @@ def _visible(figures: Sequence[Figure]) -> Sheet:
         "loader latency",
         name=lambda figure: f"{figure.get('rate', 0):,}/s {figure['contender']}",
         columns=columns | {"max": _number("max_ms", 2)},
+    )
+
+
+def _growth(figures: Sequence[Figure]) -> Sheet:
+    columns = {
+        "CPU µs/event": _number("cpu_us_per_event", 2),
+        "PG CPU µs": _number("postgres_us_per_event", 2),
+        "both": _number("all_cpu_us_per_event", 2),
+        "µs/event": _number("us_per_event", 2),
+        "events/s": _number("events_per_s"),
+        "wrong": lambda figure: wrong(figure) or "-",
+    }
+    return _sheet(
+        f"Loading {growth.EVENTS:,} events by what the tables hold already",
+        "events there",
+        figures,
+        "growth",
+        name=lambda figure: f"{figure.get('rows', 0):,}",
+        columns=columns,
+    )
+
+
+def _reconcile(figures: Sequence[Figure]) -> Sheet:
+    columns = {
+        "s": _number("seconds", 1),
+        "events/s": _number("events_per_s"),
+        "CPU s": _number("command_cpu_s", 1),
+        "peak MiB": _number("peak_mib"),
+        "tables locked s": _number("locked_s", 2),
+        "differences": _number("differences"),
+    }
+    return _sheet(
+        "Proving and rebuilding the tables (rebuild: two rows altered before)",
+        "events, command",
+        figures,
+        "reconcile",
+        name=lambda figure: f"{figure.get('rows', 0):,} {figure['contender']}",
+        columns=columns,
     )
 
 
@@ -303,6 +342,7 @@ def _goals(figures: Sequence[Figure]) -> Sheet:
         for goal in [
             *goals(figures),
             *loader.goals(figures),
+            *growth.goals(figures),
             *booking.goals(figures),
             *onsale.goals(figures),
             *outage.goals(figures),

@@ -3,6 +3,7 @@
 import random
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -25,9 +26,10 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Filled:
-    """What a topic has, and how large its values are in the mean."""
+    """What a topic has: events of so many reservations, and how large values are in the mean."""
 
     events: int
+    reservations: int
     value_bytes: float
 
 
@@ -39,11 +41,27 @@ def uuid7(milliseconds: int, dice: random.Random) -> str:
     )
 
 
-def fill(bootstrap_servers: str, topic: str, count: int) -> Filled:
-    """Produce `count` events: each reservation held and, later, completed."""
+def fill(
+    bootstrap_servers: str,
+    topic: str,
+    count: int,
+    *,
+    first_ms: int = FIRST_MS,
+    shape: Callable[[str], str] = str,
+) -> Filled:
+    """Produce `count` events: each reservation held and, later, completed.
+
+    Args:
+        bootstrap_servers: Kafka's address.
+        topic: one that exists.
+        count: how many events.
+        first_ms: the time in the first reservation's id; others make other reservations.
+        shape: turns an event's template into what the records are to hold.
+    """
     dice = random.Random(count)  # noqa: S311 - the same events each time
     rows = events.templates()
-    pairs = [(held[2], completed[2]) for held, completed in zip(rows[::2], rows[1::2], strict=True)]
+    texts = [shape(row[2]) for row in rows]
+    pairs = list(zip(texts[::2], texts[1::2], strict=True))
     producer = Producer({**SETTINGS, "bootstrap.servers": bootstrap_servers})
     held: deque[tuple[str, str]] = deque()
     produced = size_bytes = reservations = 0
@@ -52,7 +70,7 @@ def fill(bootstrap_servers: str, topic: str, count: int) -> Filled:
             name, template = held.popleft()
         else:
             reservations += 1
-            name = uuid7(FIRST_MS + reservations // RESERVATIONS_PER_MS, dice)
+            name = uuid7(first_ms + reservations // RESERVATIONS_PER_MS, dice)
             template, completed = dice.choice(pairs)
             held.append((name, completed))
         value = template.replace(events.TEMPLATE_ID, name).encode()
@@ -60,7 +78,7 @@ def fill(bootstrap_servers: str, topic: str, count: int) -> Filled:
         produced, size_bytes = produced + 1, size_bytes + len(value)
     if producer.flush(FLUSH_TIMEOUT_S):
         raise TimeoutError(f"{topic} was not filled within {FLUSH_TIMEOUT_S:g} s")
-    return Filled(produced, round(size_bytes / produced, 1))
+    return Filled(produced, reservations, round(size_bytes / produced, 1))
 
 
 def _produce(producer: Producer, topic: str, key: bytes, value: bytes) -> None:

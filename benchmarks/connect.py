@@ -1,0 +1,133 @@
+"""Kafka Connect standalone in one JVM, for the peers that run in it."""
+
+import json
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from benchmarks.surroundings import Surroundings
+from devstack import java
+from devstack.kafka import LOG_OPTIONS
+from devstack.processes import Process
+from devstack.state import free_port
+
+JAVA_OPTIONS = [
+    # As Connect's own start script has them.
+    *("-Xms256M", "-Xmx2G", "-server", "-XX:+UseG1GC", "-XX:MaxGCPauseMillis=20"),
+    *("-XX:InitiatingHeapOccupancyPercent=35", "-XX:+ExplicitGCInvokesConcurrent"),
+]
+START_TIMEOUT_S = 90.0
+REQUEST_TIMEOUT_S = 30.0
+
+WORKER = {
+    "connector.client.config.override.policy": "All",
+    "plugin.discovery": "hybrid_warn",
+    "offset.flush.interval.ms": "5000",
+}
+
+
+class Connect:
+    """Kafka Connect in one JVM. A context manager.
+
+    Args:
+        around: the servers.
+        title: what it is for, as a person is told.
+        pom: its jars,
+        folder: and the cache's folder for them.
+        settings: of the worker, beside WORKER.
+    """
+
+    def __init__(
+        self,
+        around: Surroundings,
+        title: str,
+        pom: Path,
+        folder: str,
+        settings: Mapping[str, str],
+    ) -> None:
+        self._around = around
+        self._title = title
+        self._pom = pom
+        self._folder = folder
+        self._settings = settings
+        self._port = free_port()
+        self._process: Process | None = None
+
+    def __enter__(self) -> Self:
+        run = self._around.stack.run
+        version = java.kafka_version()
+        with self._around.steps.step(f"{self._title} in Kafka Connect {version}") as step:
+            jars = java.jars_of(self._pom, f"{self._folder}-connect-{version}", run, step.note)
+            program, _ = java.java_and_jars(run, step.note)
+            self.prepare()
+            settings = run.path / "connect.properties"
+            settings.write_text(self._worker_properties(), encoding="utf-8")
+            self._process = Process(
+                [
+                    *(program, f"-Djava.io.tmpdir={run.path}", "-XX:-UsePerfData"),
+                    *(*JAVA_OPTIONS, *LOG_OPTIONS, "-cp", f"{jars}/*"),
+                    *("org.apache.kafka.connect.cli.ConnectStandalone", settings),
+                ],
+                name="Kafka Connect",
+                log=run.path / "connect.log",
+                keep_fds=[run.lock_fd],
+            )
+            self._process.wait_ready(self._answers, START_TIMEOUT_S)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stop()
+
+    @property
+    def process(self) -> Process:
+        """The JVM."""
+        assert self._process  # noqa: S101 - within the block
+        return self._process
+
+    def prepare(self) -> None:
+        """Do what has to be done before the JVM starts."""
+
+    def call(self, method: str, path: str, body: object = None) -> Any:
+        """Ask Connect's REST interface.
+
+        Raises:
+            RuntimeError: it refused.
+        """
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self._port}{path}",
+            method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as answer:  # noqa: S310 - our own JVM
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"Kafka Connect: {method} {path}: {error.read()[:500]!r}") from error
+        return json.loads(text) if text else None
+
+    def _answers(self) -> bool:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", self._port)):
+                return False
+        try:
+            return bool(self.call("GET", "/connectors") == [])
+        except (RuntimeError, urllib.error.URLError, OSError):
+            return False
+
+    def _worker_properties(self) -> str:
+        settings = (
+            WORKER
+            | dict(self._settings)
+            | {
+                "bootstrap.servers": self._around.bootstrap_servers,
+                "listeners": f"http://127.0.0.1:{self._port}",
+                "offset.storage.file.filename": str(
+                    self._around.stack.run.path / "connect.offsets"
+                ),
+            }
+        )
+        return "".join(f"{name}={value}\n" for name, value in settings.items())
