@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -209,6 +210,29 @@ def test_a_worker_frozen_in_its_transaction_loses_its_locks_though_nobody_else_w
     with pytest.raises(psycopg.Error):
         frozen.execute("SELECT 1")
     assert loader.load(batch([event()])).new_events == 1
+
+
+def test_offset_rows_are_locked_in_order_so_that_no_two_workers_wait_for_each_other(
+    loader: Loader, analytics_database: AnalyticsDatabase
+) -> None:
+    loader.claim(TOPIC, TOPIC_ID, [5, 4, 3, 2, 1])  # not in the file's order either
+    place = {"topics": [TOPIC] * 6, "partitions": [5, 3, 1, 0, 2, 4]}
+    with (
+        psycopg.connect(analytics_database.owner_url) as holder,
+        psycopg.connect(analytics_database.loader_url) as worker,
+        psycopg.connect(analytics_database.loader_url) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        holder.execute("SELECT FROM analytics.load_offsets WHERE kafka_partition = 5 FOR UPDATE")
+        waiting = pool.submit(worker.execute, sql.LOCK_OFFSETS, place)
+        wait_until(lambda: other.execute(IS_WAITING, [worker.info.backend_pid]).rowcount, 10, "it")
+        free = other.execute("SELECT FROM analytics.load_offsets FOR UPDATE SKIP LOCKED")
+        assert free.rowcount == 0  # it has all others: the one that is held comes last
+        holder.rollback()
+        assert waiting.result(10).rowcount == 6
+
+
+IS_WAITING = "SELECT FROM pg_stat_activity WHERE pid = %s AND wait_event_type = 'Lock'"
 
 
 def test_a_rival_that_holds_our_offset_row_is_ended(

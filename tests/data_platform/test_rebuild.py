@@ -172,6 +172,11 @@ def test_workers_and_readers_go_on_and_what_comes_meanwhile_is_there(platform: P
     assert "dead_letters" not in worker.log.read_text()
 
 
+TOUCH_THE_ADDED_ONE = """
+UPDATE analytics.fct_reservations SET loaded_at = now() WHERE reservation_id = 'nobody-made-this'
+"""
+
+
 def test_what_workers_load_between_filling_and_comparing_hides_no_damage(
     platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +197,8 @@ def test_what_workers_load_between_filling_and_comparing_hides_no_damage(
         work.begin()
         work.fill()
         _load(platform, history(200, seed=7), before=len(events))
+        # To the end of its file, behind all of these.
+        platform.execute(TOUCH_THE_ADDED_ONE)
         work.compare()
         done = work.swap(dry_run=True)
         work.clean_up()
@@ -265,6 +272,9 @@ def test_it_refuses_what_would_lose_something(platform: Platform) -> None:
     )
     dependent = platform.command("rebuild")
     platform.execute("DROP MATERIALIZED VIEW analytics.mine")
+    platform.execute("UPDATE analytics.load_offsets SET topic_id = 'was ' || topic_id")
+    anew = platform.command("rebuild")
+    platform.execute("UPDATE analytics.load_offsets SET topic_id = substr(topic_id, 5)")
     loaded = int(
         platform.rows("SELECT min(kafka_partition) FROM analytics.fct_reservation_events")[0][0]
     )
@@ -273,7 +283,8 @@ def test_it_refuses_what_would_lose_something(platform: Platform) -> None:
         future.result(10)
     shortened = platform.command("rebuild")
 
-    assert (dependent.returncode, shortened.returncode) == (1, 1)
+    assert [one.returncode for one in (dependent, anew, shortened)] == [1, 1, 1]
+    assert "the topic was made anew" in anew.stderr
     assert "mine" in dependent.stderr
     assert "begins at 1: only the tables have what was before" in shortened.stderr
     assert "backup" in shortened.stderr
