@@ -7,7 +7,7 @@ another topic before.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,12 @@ CONNECTOR = {
     "schema.evolution": "none",
     "collection.name.format": "analytics.fct_reservations",
     "batch.size": str(BATCH_ROWS),
-    # Without it, or with keys from the value, a batch with two events of one reservation ends the
+    # Without it and `key_of`, a batch with two events of one reservation ends the
     # task: "ON CONFLICT DO UPDATE command cannot affect row a second time".
     "use.reduction.buffer": "true",
     "dialect.postgres.unnest.insert.enabled": "true",
-    "key.converter": "org.apache.kafka.connect.storage.StringConverter",
+    "key.converter": "org.apache.kafka.connect.json.JsonConverter",
+    "key.converter.schemas.enable": "true",
     "value.converter": "org.apache.kafka.connect.json.JsonConverter",
     "value.converter.schemas.enable": "true",
     "consumer.override.max.poll.records": str(BATCH_ROWS),
@@ -71,9 +72,15 @@ def flat(event: str) -> str:
     return json.dumps({name: state[name] for name in COLUMNS}, separators=(",", ":"))
 
 
-def schema() -> dict[str, Any]:
-    """Return the schema of a flat record, as Connect's JSON converter has it."""
-    return {"type": "struct", "optional": False, "fields": [_field(name) for name in COLUMNS]}
+def key_of(reservation_id: str) -> str:
+    """Return a record's key: a struct, which the reduction buffer takes for granted."""
+    return f'{{"reservation_id":"{reservation_id}"}}'
+
+
+def schema(columns: Sequence[str]) -> str:
+    """Return the schema of a flat record or its key, as Connect's JSON converter has it."""
+    fields = [_field(name) for name in columns]
+    return json.dumps({"type": "struct", "optional": False, "fields": fields})
 
 
 def _field(name: str) -> dict[str, Any]:
@@ -98,7 +105,8 @@ def sink(connected: connect.Connect, around: Surroundings, topic: str) -> Iterat
     """
     name = f"{NAME}-{topic}"
     config = CONNECTOR | _database(around) | {"topics": topic}
-    config["value.converter.schema.content"] = json.dumps(schema())
+    config["key.converter.schema.content"] = schema(COLUMNS[:1])
+    config["value.converter.schema.content"] = schema(COLUMNS)
     connected.call("POST", "/connectors", {"name": name, "config": config})
     try:
         wait_until(lambda: running(connected, topic), TIMEOUT_S, f"{name} to run")

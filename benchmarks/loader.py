@@ -120,7 +120,11 @@ def _measure_peers(around: Surroundings, results: Results, rows: int) -> None:
     with around.steps.step(f"a topic of {rows:,} flat records"):
         for name, count in ((FLAT, rows), (WARM_UP, WARM_UP_ROWS)):
             around.make_topic(name)
-            filled = topic.fill(around.bootstrap_servers, name, count, shape=jdbc_sink.flat)
+            filled = topic.fill(
+                *(around.bootstrap_servers, name, count),
+                shape=jdbc_sink.flat,
+                key_of=jdbc_sink.key_of,
+            )
             if name == FLAT:
                 results.sizes = dict(results.sizes) | {"loader_flat_bytes": filled.value_bytes}
     for name, take in ((JDBC, _jdbc_sink), (QUIX, _quix)):

@@ -48,6 +48,7 @@ def fill(
     *,
     first_ms: int = FIRST_MS,
     shape: Callable[[str], str] = str,
+    key_of: Callable[[str], str] = str,
 ) -> Filled:
     """Produce `count` events: each reservation held and, later, completed.
 
@@ -57,6 +58,7 @@ def fill(
         count: how many events.
         first_ms: the time in the first reservation's id; others make other reservations.
         shape: turns an event's template into what the records are to hold.
+        key_of: turns a reservation's id into a record's key.
     """
     dice = random.Random(count)  # noqa: S311 - the same events each time
     rows = events.templates()
@@ -74,7 +76,7 @@ def fill(
             template, completed = dice.choice(pairs)
             held.append((name, completed))
         value = template.replace(events.TEMPLATE_ID, name).encode()
-        _produce(producer, topic, name.encode(), value)
+        _produce(producer, topic, key_of(name).encode(), value)
         produced, size_bytes = produced + 1, size_bytes + len(value)
     if producer.flush(FLUSH_TIMEOUT_S):
         raise TimeoutError(f"{topic} was not filled within {FLUSH_TIMEOUT_S:g} s")
