@@ -218,10 +218,10 @@ def test_offset_rows_are_locked_in_order_so_that_no_two_workers_wait_for_each_ot
     loader.claim(TOPIC, TOPIC_ID, [5, 4, 3, 2, 1])  # not in the file's order either
     place = {"topics": [TOPIC] * 6, "partitions": [5, 3, 1, 0, 2, 4]}
     with (
-        psycopg.connect(analytics_database.owner_url) as holder,
+        ThreadPoolExecutor(1) as pool,
         psycopg.connect(analytics_database.loader_url) as worker,
         psycopg.connect(analytics_database.loader_url) as other,
-        ThreadPoolExecutor(1) as pool,
+        psycopg.connect(analytics_database.owner_url) as holder,  # lets go before it is waited for
     ):
         holder.execute("SELECT FROM analytics.load_offsets WHERE kafka_partition = 5 FOR UPDATE")
         waiting = pool.submit(worker.execute, sql.LOCK_OFFSETS, place)
