@@ -35,6 +35,7 @@ from data_platform.events import Decoder, decode_concert_event, decode_reservati
 from data_platform.freshness import Watermarks
 from data_platform.health import Health
 from data_platform.loader import Loader
+from data_platform.notify import Notifier
 from data_platform.rebuild import RebuildRefusedError, Rebuilt
 from data_platform.rebuild import rebuild as make_again
 from data_platform.reconcile import Sources
@@ -107,7 +108,9 @@ def run() -> None:
         settings = config.load(config.Settings)
         logs.set_up(settings.log_level)
         source = _source(settings)
-        health = Health()
+        health = Health(
+            Notifier(settings.notify_socket, settings.watchdog_usec, settings.watchdog_pid)
+        )
         if settings.metrics_port:
             _serve(health, settings)
     loader = Loader(settings.analytics_database_url.get_secret_value())

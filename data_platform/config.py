@@ -142,6 +142,11 @@ class Settings(TopicSettings):
         int, Field(ge=1, le=2**28, description="1 to 268435456 bytes")
     ] = 2**24
 
+    # Set by systemd.
+    notify_socket: Annotated[str, Field(description="a socket's path, or @name")] = ""
+    watchdog_usec: Annotated[int, Field(ge=0, description="microseconds")] = 0
+    watchdog_pid: Annotated[int, Field(ge=0, description="a process id")] = 0
+
     def consumer_properties(self) -> dict[str, str]:
         """Return librdkafka's properties for a consumer by the classic group protocol."""
         return {**CLASSIC_PROPERTIES, **self._reading_properties(), **CLASSIC_GROUP}

@@ -1,4 +1,4 @@
-"""What the worker tells of itself over HTTP: `/metrics` and `/healthz`.
+"""What the worker tells of itself: over HTTP `/metrics` and `/healthz`, and to systemd.
 
 Guarantees: `/healthz` is 200 while the loop goes round, also while it waits for Postgres or
 Kafka (a restart wouldn't bring them back), and 503 when it has not for `STUCK_AFTER_S`.
@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from data_platform.notify import Notifier
+
 # Longer than a transaction may take.
 STUCK_AFTER_S = 30.0
 REQUEST_TIMEOUT_S = 5.0
@@ -22,7 +24,8 @@ LOAD_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 20
 class Health:
     """Counters of one worker and the sign of life of its loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, notifier: Notifier | None = None) -> None:
+        self._notifier = notifier or Notifier()
         self.registry = CollectorRegistry()
         self.events = self._counter("events", "Good records loaded, repetitions included")
         self.new_events = self._counter("new_events", "Events that were not there before")
@@ -49,6 +52,7 @@ class Health:
             registry=self.registry,
         )
         self._stopped: dict[str, str] = {}
+        self._waiting_for: str | None = None
         self._beat_at = time.monotonic()
 
     def _counter(self, name: str, what: str) -> Counter:
@@ -59,6 +63,15 @@ class Health:
         self._beat_at = time.monotonic()
         self._stopped = stopped
         self.stopped.set(len(stopped))
+        status = f"waiting: {self._waiting_for}" if self._waiting_for is not None else "loading"
+        if stopped:
+            status = f"stopped partitions: {', '.join(stopped)}; {status}"
+        self._notifier.turn(status)
+
+    def waits_for(self, cause: str | None) -> None:
+        """Note that an outage is waited out, and what it is; None when it is over."""
+        self._waiting_for = cause
+        self.waiting.set(cause is not None)
 
     def report(self) -> tuple[HTTPStatus, dict[str, object]]:
         """Answer `/healthz`."""

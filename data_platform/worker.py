@@ -151,7 +151,7 @@ class Worker:
         elif self._waiting_for != type(error).__name__:
             log.info("still_waiting", cause=cause)
         self._waiting_for = type(error).__name__
-        self._health.waiting.set(1)
+        self._health.waits_for(cause)
         self._health.waits.inc()
         until = time.monotonic() + self._wait_s
         self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
@@ -163,7 +163,7 @@ class Worker:
             log.info("going_on")
             self._waiting_for = None
             self._wait_s = FIRST_WAIT_S
-            self._health.waiting.set(0)
+            self._health.waits_for(None)
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         self._stopping.set()
