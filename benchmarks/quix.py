@@ -15,7 +15,7 @@ from devstack.processes import Process, succeed
 from devstack.state import cache, locked
 
 VERSION = "3.28.1"
-# At its default, a commit every 5 s, it waits for one large batch after the other.
+# As many as a batch of the JDBC sink has.
 COMMIT_ROWS = 5_000
 INSTALL_TIMEOUT_S = 300.0
 

@@ -331,6 +331,9 @@ def _check_held(stored: Stored, action: str) -> None:
         raise problems.state_forbids("expired", action)
     if stored.performance_status != "scheduled":
         raise problems.state_forbids(status, f"{action} (the performance is cancelled)")
+    # No hold outlives the sale, unless the admin has brought its end forward since.
+    if stored.sale_ends_at <= stored.now:
+        raise problems.state_forbids(status, f"{action} (the sale has ended)")
 
 
 def _check_change(stored: Stored, wanted: Literal["confirmed", "cancelled"]) -> None:

@@ -6,6 +6,7 @@ choice of the server is in docs/decisions/0003-wsgi-server.md.
 
 import logging
 import os
+import resource
 import select
 import shutil
 import socket
@@ -27,7 +28,11 @@ THREADS_PER_WORKER = 8
 GRACEFUL_TIMEOUT_S = 8
 WORKER_TIMEOUT_S = 30
 KEEP_ALIVE_S = 15
-BACKLOG_CONNECTIONS = 1024
+# An on-sale: thousands come in the same second, and are answered one after the other.
+CONNECTIONS_PER_WORKER = 4_096
+BACKLOG_CONNECTIONS = 4_096
+# Beside those of clients: the database's, metrics, logs.
+OTHER_FILES = 256
 
 
 class _JsonLogger(Logger):  # type: ignore[misc]
@@ -89,6 +94,16 @@ class _Server(BaseApplication):  # type: ignore[misc]
         )
 
 
+def _allow_files(wanted: int) -> int:
+    """Let this process and its workers open so many files, or as many as it may; return which."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
+
+
 def serve(settings: Settings, host: str, port: int, workers: int) -> None:
     """Serve until SIGTERM or SIGINT; ends the process.
 
@@ -106,6 +121,7 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> None:
         "workers": workers,
         "worker_class": _Worker,
         "threads": THREADS_PER_WORKER,
+        "worker_connections": _allow_files(CONNECTIONS_PER_WORKER + OTHER_FILES) - OTHER_FILES,
         "timeout": WORKER_TIMEOUT_S,
         "graceful_timeout": GRACEFUL_TIMEOUT_S,
         "keepalive": KEEP_ALIVE_S,

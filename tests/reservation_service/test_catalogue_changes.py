@@ -251,6 +251,22 @@ def test_a_sale_cannot_end_before_it_begins(house: House, client: FlaskClient) -
     assert "sales_close_at" in answer.json["errors"][0]["message"]
 
 
+def test_a_hold_cannot_be_confirmed_once_the_sale_was_ended_but_given_back(
+    house: House, client: FlaskClient
+) -> None:
+    ann = bearer("ann")
+    order = house.order(*house.seat_ids[:1])
+    hold = client.post("/api/reservations", json=order, headers=ann).headers["Location"]
+    window = {"sales_open_at": "2020-01-01T00:00:00Z", "sales_close_at": "2020-01-02T00:00:00Z"}
+    path = f"/api/performances/{house.performance_id}"
+    assert client.patch(path, json=window, headers=ADMIN).status_code == 200
+    for action in ("confirm", "extend"):
+        refused = client.post(f"{hold}/{action}", headers=ann)
+        assert refused.json
+        assert (refused.status_code, refused.json["status"]) == (409, "held")
+    assert client.post(f"{hold}/cancel", headers=ann).status_code == 200
+
+
 def test_only_the_admin_changes_the_catalogue_and_only_what_there_is(
     house: House, client: FlaskClient
 ) -> None:

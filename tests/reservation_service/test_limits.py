@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from reservation_service.serve import CONNECTIONS_PER_WORKER
 from reservation_service.slow_clients import GATHERED_MAX_BYTES, Gathered
 from tests.reservation_service.conftest import Serve, Served
 from tests.reservation_service.house import ADMIN_TOKEN, House, bearer, concert
@@ -19,8 +20,6 @@ from tests.waiting import wait_until
 SLOW_CLIENTS = 40
 PROMPT_S = 3.0
 ANSWER_MAX_BYTES = 65_536
-# What gunicorn lets a worker have.
-CONNECTIONS = 1_000
 
 POST = (
     b"POST /api/reservations HTTP/1.1\r\nHost: 127.0.0.1\r\n"
@@ -198,7 +197,7 @@ def test_more_silent_connections_than_a_worker_takes_keep_nobody_out(
 ) -> None:
     served = serve("--workers", "1")
     for sent in (b"", WHOLE[:-2]):
-        for _ in range(CONNECTIONS // 2 + 100):
+        for _ in range(CONNECTIONS_PER_WORKER // 2 + 100):
             connect(served, sockets, sent)
     began_s = time.monotonic()
     kept_alive = connect(served, sockets, WHOLE)
