@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo up stack test check lint format lock contracts wheel bench chaos screenshots clean
+.PHONY: help install demo up stack test systemd-test check lint format lock contracts wheel bench chaos screenshots clean
 
 PYTHON ?= python3
 BROKERS ?= 1
@@ -47,6 +47,9 @@ test: $(INSTALLED) ## all tests, on a real Postgres and a real Kafka
 
 chaos: $(INSTALLED) ## relays and brokers killed and frozen at random, then an audit (DURATION_S=, SEED=)
 	@DEVSTACK_PARENT=$$PPID exec $(RUN) chaos --duration-s $(DURATION_S) --seed $(SEED)
+
+systemd-test: $(INSTALLED) ## install on a real systemd; kill, freeze, starve, upgrade, reboot (root; SYSTEMD_BOX= boots it)
+	@DEVSTACK_PARENT=$$PPID exec $(RUN) tests.systemd
 
 check: $(INSTALLED) ## the quick tests and lint, in under a minute, without any server
 	@$(RUN) ruff check --quiet . && $(RUN) ruff format --quiet --check . && exec $(RUN) pytest -q -m "not needs_postgres and not needs_kafka"

@@ -21,7 +21,8 @@ for kind in timer socket target service; do
         for link in "$units"/concert-reservation.target.wants/"${unit%.service}"*; do
           [ ! -L "$link" ] || systemctl disable --quiet --now "${link##*/}"
         done
-        systemctl stop "${unit%.service}*.service" ;; # those that were started by hand
+        # Those that were started by hand, and the slice that all of them were in.
+        systemctl stop "${unit%.service}*.service" "system-$(systemd-escape "${unit%@.service}").slice" ;;
       *) [ ! -e "$units/$unit" ] || { systemctl stop "$unit"; systemctl disable --quiet "$unit" 2>/dev/null || true; } ;;
     esac
   done
