@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo up stack test systemd-test check lint format lock contracts wheel bench chaos screenshots clean
+.PHONY: help install demo up stack test compose-test systemd-test check lint format lock contracts wheel bench chaos screenshots clean
 
 PYTHON ?= python3
 BROKERS ?= 1
@@ -44,6 +44,9 @@ stack: $(INSTALLED) ## databases, Kafka, migrations and topics in the foreground
 # Each worker has servers of its own. A file's tests stay together, so that they share them.
 test: $(INSTALLED) ## all tests, on a real Postgres and a real Kafka
 	@exec $(RUN) pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+compose-test: $(INSTALLED) ## docker-compose.yml up, booked and killed under load; needs a Docker engine
+	@exec $(RUN) tests.compose
 
 chaos: $(INSTALLED) ## relays and brokers killed and frozen at random, then an audit (DURATION_S=, SEED=)
 	@DEVSTACK_PARENT=$$PPID exec $(RUN) chaos --duration-s $(DURATION_S) --seed $(SEED)
