@@ -57,6 +57,7 @@ def test_systemd_hears_of_the_first_turn_an_outage_and_stopped_partitions(
 @pytest.mark.parametrize(
     ("usec", "pid", "messages"),
     [(1, 0, 3), (1, os.getpid(), 3), (HOUR_USEC, 0, 1), (0, 0, 1), (1, 1, 1)],
+    ids=["due", "due, ours", "not due", "none wanted", "another's"],
 )
 def test_only_turns_feed_the_watchdog_when_it_is_due_and_ours(
     address: str, systemd: socket.socket, usec: int, pid: int, messages: int
