@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -23,6 +23,8 @@ from devstack.application import get_json
 from devstack.customers import Customers
 from devstack.processes import DevstackError, wait_until
 from devstack.state import free_port
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).parents[2]
 PROJECT = "concert-reservation-test"
@@ -34,6 +36,7 @@ ARRIVAL_TIMEOUT_S = 60.0
 BOOKINGS_PER_S = 15.0
 THREADS = 6
 MARGIN = 50
+ASK_INTERVAL_S = 0.5
 STOP_LIMIT_S = "10"
 LOADED = "SELECT reservation_id || ' ' || status FROM analytics.fct_reservations"
 PROGRAMS = ("service", "sweeper", "relay", "worker")
@@ -92,6 +95,18 @@ def run(*command: str, timeout_s: float, environment: dict[str, str] | None = No
     return done.stdout
 
 
+def patiently(condition: Callable[[], T], timeout_s: float, what: str) -> T:
+    """As `wait_until`, asking seldom: each question to the engine is a process."""
+
+    def asked() -> T:
+        answer = condition()
+        if not answer:
+            time.sleep(ASK_INTERVAL_S)
+        return answer
+
+    return wait_until(asked, timeout_s, what)
+
+
 def state_of(container: str) -> dict[str, Any]:
     """The engine's view of a container: ExitCode, Health, OOMKilled …"""
     text = run("docker", "inspect", "-f", "{{json .State}}", container, timeout_s=COMMAND_TIMEOUT_S)
@@ -113,7 +128,7 @@ def leading_relay(compose: Compose) -> str:
             (one for one in compose.containers("relay") if host and one.startswith(host)), ""
         )
 
-    return wait_until(leader, ARRIVAL_TIMEOUT_S, "a leading relay")
+    return patiently(leader, ARRIVAL_TIMEOUT_S, "a leading relay")
 
 
 class Load:
@@ -150,7 +165,7 @@ class Load:
     def wait_for(self, more: int) -> None:
         """Wait until `more` bookings were made."""
         goal = self.count() + more
-        wait_until(lambda: self.count() >= goal, ARRIVAL_TIMEOUT_S, f"{more} more bookings")
+        patiently(lambda: self.count() >= goal, ARRIVAL_TIMEOUT_S, f"{more} more bookings")
 
     def finish(self) -> dict[str, str]:
         """End it; return what customers were told, by reservation."""
@@ -181,15 +196,13 @@ def kill_and_watch(compose: Compose, load: Load, what: str, container: str) -> N
     load.wait_for(MARGIN)
     with load.customers.told.lock:
         later = set(list(load.customers.told.status_by_reservation)[at : at + MARGIN])
-    wait_until(
-        lambda: later <= compose.loaded().keys(), ARRIVAL_TIMEOUT_S, f"events without {what}"
-    )
+    patiently(lambda: later <= compose.loaded().keys(), ARRIVAL_TIMEOUT_S, f"events without {what}")
     click.echo(
         f"  killed {what} after {at} bookings; the next {MARGIN} were booked and in the tables "
         f"{time.monotonic() - began_s:.1f} s later"
     )
     run("docker", "start", container, timeout_s=COMMAND_TIMEOUT_S)
-    wait_until(lambda: is_healthy(container), HEALTHY_TIMEOUT_S, f"{what} to be healthy again")
+    patiently(lambda: is_healthy(container), HEALTHY_TIMEOUT_S, f"{what} to be healthy again")
 
 
 def reconciled(compose: Compose) -> str:
@@ -201,7 +214,7 @@ def reconciled(compose: Compose) -> str:
         )
         return {} if found["in_flight"] else found
 
-    found = wait_until(report, ARRIVAL_TIMEOUT_S, "nothing to be on its way")
+    found = patiently(report, ARRIVAL_TIMEOUT_S, "nothing to be on its way")
     return ", ".join(f"{found[name]} {name}" for name in ("found", "unexamined", "in_flight"))
 
 
@@ -257,7 +270,7 @@ def prove(compose: Compose, bookings: int) -> None:
     began_s = time.monotonic()
     compose("up", "--build", "--detach", timeout_s=BUILD_TIMEOUT_S)
     programs = ("service", "relay", "worker")
-    wait_until(lambda: compose.all_healthy(*programs), HEALTHY_TIMEOUT_S, "programs to be healthy")
+    patiently(lambda: compose.all_healthy(*programs), HEALTHY_TIMEOUT_S, "programs to be healthy")
     click.echo(f"  up in {time.monotonic() - began_s:.1f} s, images built")
     base_url = f"http://127.0.0.1:{compose.port}"
     customers = Customers(
@@ -278,7 +291,7 @@ def prove(compose: Compose, bookings: int) -> None:
         load.wait_for(MARGIN)
         kill_and_watch(compose, load, what, find())
     told = load.finish()
-    wait_until(lambda: compose.loaded() == told, ARRIVAL_TIMEOUT_S, "all bookings in the tables")
+    patiently(lambda: compose.loaded() == told, ARRIVAL_TIMEOUT_S, "all bookings in the tables")
     click.echo(f"  {len(told)} reservations as customers were told: {dict(Counter(told.values()))}")
     click.echo(f"  reconcile: {reconciled(compose)}")
     click.echo(f"  SIGTERM: {stop_within_the_limit(compose)}")
