@@ -219,6 +219,7 @@ def restart(scene: Scene, load: Load) -> str:
 def upgrade(scene: Scene, load: Load) -> str:
     """install.sh with a newer wheel: one at a time, each when the one before is up."""
     old, new = scene.wheels
+    refused = load.refused
     scene.install(new)
     if not scene.all_run("0.2.0"):
         raise DevstackError("not all run the new release")
@@ -237,6 +238,8 @@ def upgrade(scene: Scene, load: Load) -> str:
     if not scene.all_run("0.1.9"):
         raise DevstackError("not all went back to the old release")
     scene.catches_up(load)
+    if load.refused != refused:
+        raise DevstackError("the socket has refused customers while the service was restarted")
     return "one at a time; again: nothing restarted; and back"
 
 

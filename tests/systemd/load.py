@@ -26,6 +26,7 @@ class Load:
     Attributes:
         told: ids of the reservations that customers were told are theirs.
         worst_s: the longest that a customer waited for an answer.
+        refused: connections that nobody took.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Load:
         self._threads = [threading.Thread(target=self._live) for _ in range(THREADS)]
         self.told: list[str] = []
         self.worst_s = 0.0
+        self.refused = 0
 
     def __enter__(self) -> Self:
         for thread in self._threads:
@@ -110,6 +112,8 @@ class Load:
                 )  # fmt: skip
             except httpx.TransportError as error:
                 last = error
+                with self._lock:
+                    self.refused += isinstance(error, httpx.ConnectError)
                 continue
             last = f"{answer.status_code} {answer.text[:200]}"
             if answer.status_code == 201:
