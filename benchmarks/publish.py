@@ -1,6 +1,9 @@
-"""`python -m benchmarks.publish RESULT`: put a run's tables and charts into the documents."""
+"""`python -m benchmarks.publish RESULT…`: put a run's tables and charts into the documents."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,11 +18,32 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
 @click.command()
-@click.argument("result", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-def main(result: Path) -> None:
-    """Keep RESULT as the published one; write its figures and charts into docs/."""
-    results = load(result)
-    PUBLISHED.write_bytes(result.read_bytes())
+@click.argument(
+    "results", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+def main(results: tuple[Path, ...]) -> None:
+    """Keep RESULTS as the published ones; write their figures and charts into docs/.
+
+    Of several, each section comes from the last one that has it, whole: figures are compared within
+    a run only.
+    """
+    _publish(combined([json.loads(path.read_text("utf-8")) for path in results]))
+
+
+def combined(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the first run with the sections that later ones have measured."""
+    sections: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        own: dict[str, list[dict[str, Any]]] = {}
+        for figure in run["figures"]:
+            own.setdefault(figure["section"], []).append(figure)
+        sections |= own
+    return {**runs[0], "figures": [figure for found in sections.values() for figure in found]}
+
+
+def _publish(run: dict[str, Any]) -> None:
+    PUBLISHED.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    results = load(PUBLISHED)
     charts.draw(results, CHARTS)
     text = DOCUMENT.read_text("utf-8")
     DOCUMENT.write_text(with_figures(text, figures(results)), encoding="utf-8")

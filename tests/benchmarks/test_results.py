@@ -162,3 +162,14 @@ def test_quantiles_are_the_nearest_rank_in_milliseconds() -> None:
         "max_ms": 1000,
     }
     assert quantiles([0.002])["p999_ms"] == 2
+
+
+def test_of_several_runs_each_section_is_published_whole_from_the_last_that_has_it() -> None:
+    drain = [{"section": "drain", "contender": name, "run": 1} for name in ("a", "b")]
+    idle, again = ({"section": "idle", "contender": "a", "run": run} for run in (1, 2))
+    first = {"settings": {"date": "1"}, "figures": [*drain, idle]}
+    second = {"settings": {"date": "2"}, "figures": [again]}
+    assert publish.combined([first, second]) == {
+        "settings": {"date": "1"},
+        "figures": [*drain, again],
+    }
