@@ -31,7 +31,7 @@ NASTY = [
     "%s %(seat_ids)s {0} ${jndi:ldap://x}",
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
-    "{{ 7 * 7 }}",
+    "{{ 77777 * 77777 }}",
     "../../../../etc/passwd",
     "x\r\nSet-Cookie: admin=1",
     "x\n\nHTTP/1.1 200 OK",
@@ -272,6 +272,10 @@ def test_hostile_text_in_every_field_changes_and_breaks_nothing(
     assert house.events() == []
 
 
+# What a template would make of one of the names; no token holds so many digits by chance.
+PRODUCT = str(77_777 * 77_777)
+
+
 def test_what_an_admin_calls_a_concert_is_text_and_nothing_else(http: httpx.Client) -> None:
     names = [text for text in NASTY if text.isprintable() and len(text) < 60]
     for text in names:
@@ -289,7 +293,7 @@ def test_what_an_admin_calls_a_concert_is_text_and_nothing_else(http: httpx.Clie
             html = http.get(page).text
             assert "<script>alert" not in html
             assert "<img src=x" not in html
-            assert "49" not in html if text == "{{ 7 * 7 }}" else True
+            assert PRODUCT not in html
 
 
 @pytest.mark.parametrize(
