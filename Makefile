@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo up stack test compose-test systemd-test check lint format lock contracts wheel bench chaos screenshots clean
+.PHONY: help install demo up stack test compose-test systemd-test check lint format lock contracts variables wheel bench chaos screenshots clean
 
 PYTHON ?= python3
 BROKERS ?= 1
@@ -73,6 +73,9 @@ lock: $(INSTALLED) ## compile the lock files again from pyproject.toml
 
 contracts: $(INSTALLED) ## generate contracts/asyncapi.yaml and contracts/analytics.odcs.yaml again
 	@exec $(RUN) contracts
+
+variables: $(INSTALLED) ## write the table of variables in docs/operations.md again
+	@exec $(RUN) tests.repository.variables
 
 wheel: $(INSTALLED) ## build the wheel into dist/
 	@$(RUN) pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

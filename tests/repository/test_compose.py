@@ -12,7 +12,7 @@ import yaml
 import data_platform.__main__
 import outbox_relay.__main__
 import reservation_service.__main__
-from tests.repository.test_documentation import variables
+from tests.repository.variables import variables
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))

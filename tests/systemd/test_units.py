@@ -12,7 +12,7 @@ import data_platform.__main__
 import data_platform.health
 import outbox_relay.__main__
 import reservation_service.__main__
-from tests.repository.test_documentation import variables
+from tests.repository.variables import variables
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 UNITS = sorted((DEPLOY / "systemd").glob("*.*"))
