@@ -1,0 +1,190 @@
+"""`python -m chaos.mutation`: does the audit find bugs? Ten deliberate ones, each by its fault.
+
+Each patch of chaos/mutants is applied to a copy of the tree, in which a small product is then
+struck by one fault. The tree as it is must pass the same faults.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from devstack.__main__ import ending_well
+from devstack.processes import Process
+from devstack.state import REPOSITORY, home
+
+PATCHES = Path(__file__).with_name("mutants")
+FOUND_WITHIN_S = 120.0
+# The tree as it is goes through all faults in one run.
+TREE_TIMEOUT_S = 420.0
+GIT_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A bug: the name of its patch, and the fault that brings it to light."""
+
+    name: str
+    fault: str
+    seconds: float = 8
+    delivery: str = "exactly_once"
+
+    @property
+    def patch(self) -> Path:
+        """Its patch."""
+        return PATCHES / f"{self.name}.patch"
+
+
+MUTANTS = (
+    Mutant("cursor-on-id", "rows committed late"),
+    Mutant("acknowledge-before-produce", "relays killed often", 12),
+    Mutant("offsets-outside-the-transaction", "analytics: backends ended", 10),
+    Mutant("no-version-guard", "records delivered again"),
+    # Under exactly_once Kafka's client refuses to start with such a producer.
+    Mutant(
+        "producer-without-idempotence",
+        "network flickers between relays and Kafka",
+        12,
+        "at_least_once",
+    ),
+    Mutant("cursor-before-the-flush", "reservations: Postgres killed amid transactions taken back"),
+    Mutant("sweeper-forgets-the-event", "sweeper killed", 4),
+    Mutant("swallowed-exception", "analytics: tables locked", 5),
+    Mutant("retry-without-its-key", "network flickers between clients and services"),
+    Mutant("partitioner-changed", "relays upgraded"),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a trial: kinds of differences with counts; `failure` when there was none."""
+
+    seconds: float
+    differences: Sequence[tuple[str, int]] = ()
+    failure: str = ""
+
+    @property
+    def said(self) -> str:
+        """It in words."""
+        return self.failure or "; ".join(f"{kind} ({count})" for kind, count in self.differences)
+
+
+@click.command()
+@click.option("--only", type=click.Choice([mutant.name for mutant in MUTANTS]), help="one of them")
+def main(only: str | None) -> None:
+    """Try the tree as it is, then each mutant; exit 1 when the audit is wrong about one."""
+    mutants = [mutant for mutant in MUTANTS if only in {None, mutant.name}]
+    console = Console(stderr=True)
+    table = Table(title="what the audit finds")
+    for column in ("bug", "fault", "found", "s"):
+        table.add_column(column, justify="right" if column == "s" else "left")
+    good = True
+    with ending_well():
+        for delivery in dict.fromkeys(mutant.delivery for mutant in mutants):
+            alike = [mutant for mutant in mutants if mutant.delivery == delivery]
+            console.print(f"the tree as it is, {delivery}", highlight=False)
+            verdict = tried(None, alike, TREE_TIMEOUT_S)
+            fine = not verdict.said
+            good &= fine
+            row = ("none", f"all of these, {delivery}", verdict.said or "nothing, rightly")
+            table.add_row(*row, f"{verdict.seconds:.0f}", style="green" if fine else "red")
+        for mutant in mutants:
+            console.print(f"{mutant.name}: {mutant.fault}", highlight=False)
+            verdict = tried(mutant.patch, [mutant], FOUND_WITHIN_S)
+            fine = bool(verdict.differences)
+            good &= fine
+            found = verdict.said or "nothing"
+            row = (mutant.name, mutant.fault, found)
+            table.add_row(*row, f"{verdict.seconds:.0f}", style="green" if fine else "red")
+    Console().print(table)
+    sys.exit(0 if good else 1)
+
+
+def tried(patch: Path | None, mutants: Sequence[Mutant], timeout_s: float) -> Verdict:
+    """Strike a copy of the tree, patched or as it is, with these mutants' faults."""
+    with scratch_copy() as tree:
+        if patch is not None:
+            apply(patch, tree)
+        return _tried(tree, mutants, timeout_s)
+
+
+def _tried(tree: Path, mutants: Sequence[Mutant], timeout_s: float) -> Verdict:
+    report, log = tree / "trial.json", tree / "trial.log"
+    began_s = time.monotonic()
+    trial = Process(
+        [
+            *(sys.executable, "-m", "chaos.trial", "--report", report),
+            *("--delivery", mutants[0].delivery),
+            *("--seconds", str(max(mutant.seconds for mutant in mutants))),
+            *dict.fromkeys(mutant.fault for mutant in mutants),
+        ],
+        name="trial",
+        log=log,
+        env=os.environ | {"DEVSTACK_HOME": str(home())},
+        cwd=tree,
+    )
+    try:
+        trial.wait(timeout_s)
+    except TimeoutError:
+        return Verdict(time.monotonic() - began_s, failure=f"no verdict in {timeout_s:g} s")
+    finally:
+        trial.stop()
+    seconds = time.monotonic() - began_s
+    if not report.exists():
+        return Verdict(seconds, failure=f"no verdict: {trial.log_tail()}")
+    found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    return Verdict(seconds, [(one["kind"], one["count"]) for one in found["differences"]])
+
+
+@contextmanager
+def scratch_copy() -> Iterator[Path]:
+    """Yield a copy of the tree as it lies here, without what git ignores."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],  # noqa: S607
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=GIT_TIMEOUT_S,
+    )
+    with tempfile.TemporaryDirectory(prefix="chaos-mutant-") as folder:
+        for name in filter(None, listed.stdout.split("\0")):
+            source, copy = REPOSITORY / name, Path(folder) / name
+            if source.is_file():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, copy)
+        yield Path(folder)
+
+
+def apply(patch: Path, tree: Path, *options: str) -> None:
+    """Apply a patch to a copy of the tree.
+
+    Raises:
+        subprocess.CalledProcessError: it doesn't fit any more.
+    """
+    subprocess.run(  # noqa: S603 - our own patches
+        ["git", "apply", *options, str(patch)],  # noqa: S607
+        cwd=tree,
+        # Else git would look for a repository around it, and pass over what it doesn't know.
+        env=os.environ | {"GIT_CEILING_DIRECTORIES": str(tree.parent)},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=GIT_TIMEOUT_S,
+    )
+
+
+if __name__ == "__main__":
+    main()

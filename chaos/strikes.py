@@ -1,0 +1,570 @@
+"""All that is done to the product, and how it is mended: a kind of fault is a context manager.
+
+Entering it strikes, leaving it mends; it yields what was struck. What it decides it decides with
+the chances that it is given, so the same seed hits the same parts. Some faults go on striking for
+as long as they last.
+"""
+
+import json
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from uuid import UUID
+
+import psycopg
+from confluent_kafka import Consumer, Producer
+
+from chaos import disks
+from chaos.gauges import Gauges
+from chaos.places import AGAIN, MARK, POISON, RESERVATION_TOPIC
+from chaos.product import MAX_CONNECTIONS, Product
+from chaos.schedule import Nature
+from chaos.wiring import How, name_of
+from devstack.postgres import PostgresServer
+
+CONNECT_TIMEOUT_S = 2
+JOIN_TIMEOUT_S = 60.0
+AWAY_S = 0.2
+LATE_COMMIT_S = (0.3, 2.5)
+AGAIN_RECORDS = 50
+SHORT_CUT_S = 0.15
+CLOCK_STEPS = ("+3600", "-1800", "+120")
+FAKETIME = "faketime/libfaketime.so.1"
+# What nobody can load: key and value.
+POISONS: tuple[tuple[bytes | None, bytes | None], ...] = (
+    (b"poison", b"{"),
+    (b"poison", b""),
+    (b"poison", None),
+    (None, b"null"),
+    (b"\xff\xfe", b"\x00\x01\x02"),
+    (b"poison", b'{"specversion":"1.0","id":"poison:1","data":{}}'),
+    (b"poison", b"[" * 20_000),
+    (b"poison", b'{"id":"\\ud800"}'),
+)
+
+
+@dataclass
+class Scene:
+    """What a fault is given: the product, how far events are, a producer of its own."""
+
+    product: Product
+    gauges: Gauges
+    producer: Producer
+
+    def alone(self, kind: str, chance: random.Random) -> str:
+        """Choose one of the parts of a kind."""
+        return chance.choice(self.product.size.names(kind))
+
+
+Strike = Callable[[Scene, random.Random], AbstractContextManager[str]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of fault: how long it lasts, what it is about, what it needs."""
+
+    nature: Nature
+    strike: Strike
+    needs: Callable[[Product], str]
+
+
+KINDS: dict[str, Kind] = {}
+
+
+def kind(
+    name: str,
+    area: str,
+    lasts_s: tuple[float, float],
+    needs: Callable[[Product], str] = lambda _: "",
+) -> Callable[[Strike], Strike]:
+    """Add a kind of fault. `needs` says why it can't be done here, or nothing."""
+
+    def add(strike: Strike) -> Strike:
+        KINDS[name] = Kind(Nature(lasts_s, area), strike, needs)
+        return strike
+
+    return add
+
+
+def natures() -> Mapping[str, Nature]:
+    """What a schedule needs to know."""
+    return {name: found.nature for name, found in KINDS.items()}
+
+
+@contextmanager
+def repeated(act: Callable[[], None], every_s: float) -> Iterator[None]:
+    """Do something again and again while the block runs; a server may be away meanwhile.
+
+    Raises:
+        Exception: what `act` has raised otherwise.
+    """
+    stop = threading.Event()
+    failures: list[Exception] = []
+
+    def repeat() -> None:
+        while not stop.is_set():
+            try:
+                act()
+            except psycopg.OperationalError:
+                stop.wait(AWAY_S)
+            except Exception as error:  # noqa: BLE001 - raised below, where somebody sees it
+                failures.append(error)
+                return
+            stop.wait(every_s)
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(JOIN_TIMEOUT_S)
+    if failures:
+        raise failures[0]
+
+
+# ---- programs
+
+
+def _killed(name: str) -> Strike:
+    @contextmanager
+    def strike(scene: Scene, chance: random.Random) -> Iterator[str]:
+        target = scene.alone(name, chance)
+        scene.product.part(target).kill()
+        yield target
+
+    return strike
+
+
+def _killed_often(name: str, every_s: float) -> Strike:
+    @contextmanager
+    def strike(scene: Scene, chance: random.Random) -> Iterator[str]:
+        def kill() -> None:
+            part = scene.product.part(scene.alone(name, chance))
+            if part.alive:
+                part.kill()
+
+        with repeated(kill, every_s):
+            yield f"all {name}s in turn"
+
+    return strike
+
+
+def _frozen(name: str) -> Strike:
+    @contextmanager
+    def strike(scene: Scene, chance: random.Random) -> Iterator[str]:
+        target = scene.alone(name, chance)
+        with scene.product.part(target).frozen():
+            yield target
+
+    return strike
+
+
+# Both shorter and longer than a frozen leader keeps its lock, a frozen worker its partitions.
+for program in ("service", "relay", "worker"):
+    kind(f"{program} killed", program, (0.5, 3))(_killed(program))
+    kind(f"{program} frozen", program, (1, 14))(_frozen(program))
+kind("relays killed often", "relay", (6, 10))(_killed_often("relay", 1.2))
+kind("workers killed often", "worker", (6, 10))(_killed_often("worker", 1.0))
+
+
+@kind("sweeper killed", "service", (0.5, 3))
+@contextmanager
+def _sweeper_killed(scene: Scene, _chance: random.Random) -> Iterator[str]:
+    scene.product.part("sweeper").kill()
+    yield "sweeper"
+
+
+@kind("relays upgraded", "relay", (6, 12))
+@contextmanager
+def _relays_upgraded(scene: Scene, chance: random.Random) -> Iterator[str]:
+    """One after the other, in good order, to other settings; behind it back again."""
+    other = {
+        "OUTBOX_RELAY_CHUNK_MAX_ROWS": str(chance.choice((3, 50))),
+        "OUTBOX_RELAY_POLL_INTERVAL_MS": "5",
+        "OUTBOX_RELAY_TRANSACTION_TIMEOUT_MS": "3000",
+    }
+    parts = [scene.product.part(name) for name in scene.product.size.names("relay")]
+    for part in parts:
+        part.environment |= other
+        part.kill(signal.SIGTERM)
+    yield "all relays"
+    for part in parts:
+        for name in other:
+            del part.environment[name]
+        part.kill(signal.SIGTERM)
+
+
+def _faketime() -> Path | None:
+    return next(iter(Path("/usr/lib").glob(f"*/{FAKETIME}")), None)
+
+
+def _without_faketime(_product: Product) -> str:
+    return "" if _faketime() else "the package libfaketime is missing"
+
+
+def _clock_set(name: str) -> Strike:
+    @contextmanager
+    def strike(scene: Scene, chance: random.Random) -> Iterator[str]:
+        target = scene.alone(name, chance)
+        part, file = scene.product.part(target), scene.product.run.path / f"{target}.clock"
+        file.write_text("+0\n", encoding="ascii")
+        fake = {
+            "LD_PRELOAD": str(_faketime()),
+            "FAKETIME_TIMESTAMP_FILE": str(file),
+            "FAKETIME_CACHE_DURATION": "1",
+            # What a clock that is set does not change.
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        }
+        part.environment |= fake
+        part.kill(signal.SIGTERM)
+        steps = [*CLOCK_STEPS]
+        chance.shuffle(steps)
+        following = iter(steps * 10)
+        with repeated(lambda: _write(file, next(following)), 2.5):
+            yield target
+        for variable in fake:
+            del part.environment[variable]
+        part.kill(signal.SIGTERM)
+
+    return strike
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(f"{text}\n", encoding="ascii")
+
+
+for program in ("service", "relay", "worker"):
+    kind(f"clock of a {program} set", program, (7, 10), _without_faketime)(_clock_set(program))
+
+
+# ---- brokers
+
+
+def _needs_three(product: Product) -> str:
+    return "" if product.size.brokers == 3 else "there is one broker"
+
+
+@kind("broker killed that leads a partition", "kafka", (2, 7))
+@contextmanager
+def _leader_killed(scene: Scene, chance: random.Random) -> Iterator[str]:
+    partition = chance.randrange(6)
+    name = name_of(scene.product.kafka.leader_of(RESERVATION_TOPIC, partition))
+    with scene.product.part(name).held_down():
+        yield f"{name} (partition {partition})"
+
+
+kind("broker frozen", "kafka", (2, 9))(_frozen("broker"))
+
+
+@kind("two of three brokers down", "kafka", (4, 12), _needs_three)
+@contextmanager
+def _two_down(scene: Scene, chance: random.Random) -> Iterator[str]:
+    names = sorted(chance.sample(scene.product.size.names("broker"), 2))
+    with ExitStack() as down:
+        for name in names:
+            down.enter_context(scene.product.part(name).held_down())
+        yield ", ".join(names)
+
+
+# ---- Postgres
+
+Database = Literal["reservations", "analytics"]
+OWNERS: Mapping[Database, str] = {
+    "reservations": "RESERVATION_OWNER_DATABASE_URL",
+    "analytics": "ANALYTICS_OWNER_DATABASE_URL",
+}
+ROLES = {"reservations": ("reservation_service", "outbox_relay"), "analytics": ("data_platform",)}
+SIGNAL_BACKENDS = {
+    "end": """
+SELECT count(pg_terminate_backend(pid)) FROM (
+    SELECT pid FROM pg_stat_activity WHERE usename = ANY (%s) ORDER BY random() LIMIT %s
+) AS some
+""",
+    "cancel": """
+SELECT count(pg_cancel_backend(pid)) FROM (
+    SELECT pid FROM pg_stat_activity
+    WHERE usename = ANY (%s) AND state = 'active' ORDER BY random() LIMIT %s
+) AS some
+""",
+}
+# Ids of transactions that are taken back and leave no trace in the WAL: a crash gives them again.
+BURN_IDS = """
+DO $$ BEGIN
+    FOR n IN 1..200 LOOP
+        BEGIN
+            PERFORM pg_current_xact_id();
+            RAISE EXCEPTION 'taken back';
+        EXCEPTION WHEN raise_exception THEN
+        END;
+    END LOOP;
+END $$
+"""
+
+
+def _server(scene: Scene, name: Database) -> PostgresServer:
+    product = scene.product
+    return product.reservations if name == "reservations" else product.analytics
+
+
+def _restarted(name: Database, how: signal.Signals) -> Strike:
+    @contextmanager
+    def strike(scene: Scene, _chance: random.Random) -> Iterator[str]:
+        scene.product.part(name).kill(how)
+        yield name
+
+    return strike
+
+
+def _server_frozen(name: Database) -> Strike:
+    @contextmanager
+    def strike(scene: Scene, _chance: random.Random) -> Iterator[str]:
+        with scene.product.part(name).frozen():
+            yield name
+
+    return strike
+
+
+def _backends(name: Database, how: str, at_a_time: int, every_s: float) -> Strike:
+    @contextmanager
+    def strike(scene: Scene, _chance: random.Random) -> Iterator[str]:
+        with psycopg.connect(_server(scene, name).admin_url, autocommit=True) as connection:
+
+            def signal_some() -> None:
+                connection.execute(SIGNAL_BACKENDS[how], (list(ROLES[name]), at_a_time))
+
+            with repeated(signal_some, every_s):
+                yield name
+
+    return strike
+
+
+def _exhausted(name: Database) -> Strike:
+    """Take every connection that is free, and each that gets free."""
+
+    @contextmanager
+    def strike(scene: Scene, _chance: random.Random) -> Iterator[str]:
+        url = scene.product.environment[OWNERS[name]]
+        with ExitStack() as taken:
+
+            def take() -> None:
+                for _ in range(MAX_CONNECTIONS):
+                    one = psycopg.connect(url, connect_timeout=CONNECT_TIMEOUT_S)
+                    taken.callback(one.close)
+
+            def end_some() -> None:
+                with psycopg.connect(_server(scene, name).admin_url, autocommit=True) as admin:
+                    admin.execute(SIGNAL_BACKENDS["end"], (list(ROLES[name]), 8))
+
+            with repeated(take, 0.05), repeated(end_some, 1.0):
+                yield name
+
+    return strike
+
+
+def _disk_full(name: str) -> Strike:
+    @contextmanager
+    def strike(scene: Scene, chance: random.Random) -> Iterator[str]:
+        target = scene.alone(name, chance) if name == "broker" else name
+        with scene.product.disks[target].full():
+            yield target
+
+    return strike
+
+
+def _without_disks(product: Product) -> str:
+    return disks.why_not() or ("" if product.disks else "this form has no small disks")
+
+
+for database in OWNERS:
+    kind(f"{database}: Postgres shut down at once", database, (1, 4))(
+        _restarted(database, signal.SIGQUIT)
+    )
+    kind(f"{database}: Postgres killed", database, (1, 4))(_restarted(database, signal.SIGKILL))
+    kind(f"{database}: Postgres frozen", database, (1, 9))(_server_frozen(database))
+    kind(f"{database}: backends ended", database, (4, 8))(_backends(database, "end", 2, 0.15))
+    kind(f"{database}: statements cancelled", database, (4, 8))(
+        _backends(database, "cancel", 2, 0.01)
+    )
+    kind(f"{database}: no connection left", database, (3, 8))(_exhausted(database))
+    kind(f"{database}: disk full", database, (3, 8), _without_disks)(_disk_full(database))
+kind("Kafka: disk full", "kafka", (3, 8), _without_disks)(_disk_full("broker"))
+
+
+@kind("analytics: tables locked", "analytics", (3, 8))
+@contextmanager
+def _tables_locked(scene: Scene, _chance: random.Random) -> Iterator[str]:
+    """As an administrator's ALTER TABLE does that waits in turn."""
+    with scene.product.connected(OWNERS["analytics"]) as connection, connection.transaction():
+        connection.execute("LOCK TABLE analytics.fct_reservations IN ACCESS EXCLUSIVE MODE")
+        yield "fct_reservations"
+
+
+@kind("reservations: Postgres killed amid transactions taken back", "reservations", (4, 7))
+@contextmanager
+def _killed_amid_rollbacks(scene: Scene, chance: random.Random) -> Iterator[str]:
+    """A crash hands the ids out again that it forgot: a cursor that knows them hides new rows."""
+    owner = scene.product.environment[OWNERS["reservations"]]
+    held: list[psycopg.Connection] = []
+
+    def burn() -> None:
+        if not held or held[0].closed:
+            held[:] = [psycopg.connect(owner, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S)]
+        held[0].execute(BURN_IDS)
+
+    def crash() -> None:
+        wait.wait(chance.uniform(0.7, 1.5))
+        scene.product.part("reservations").kill()
+
+    wait = threading.Event()
+    with repeated(burn, 0.001), repeated(crash, 1.0):
+        yield "reservations"
+    for connection in held:
+        connection.close()
+
+
+@kind("rows committed late", "data", (4, 8))
+@contextmanager
+def _late_commits(scene: Scene, chance: random.Random) -> Iterator[str]:
+    """Rows whose ids are drawn before those of others that are visible before them.
+
+    What they hold nobody can load, so each must be in the topic, and a dead letter.
+    """
+    statement = "INSERT INTO outbox (topic, key, payload, headers) VALUES (%s, %s, %s, %s)"
+    wait = threading.Event()
+
+    def write() -> None:
+        name = str(UUID(int=chance.getrandbits(128)))
+        headers, payload = json.dumps({MARK: POISON}), json.dumps({"late": name})
+        with scene.product.connected(OWNERS["reservations"]) as owner, owner.transaction():
+            owner.execute(statement, (RESERVATION_TOPIC, name, payload, headers))
+            wait.wait(chance.uniform(*LATE_COMMIT_S))
+
+    with ExitStack() as writers:
+        for _ in range(4):
+            writers.enter_context(repeated(write, 0.05))
+        yield "4 slow writers"
+
+
+# ---- the network
+
+
+@contextmanager
+def _broken(scene: Scene, start: str, end: str, how: How) -> Iterator[str]:
+    with scene.product.ways.broken(start, end, how):
+        yield f"{start} to {end} {how}"
+
+
+def _way(start: str, end: str) -> Strike:
+    """Break the ways of one of the parts of a kind, in one of the ways that networks have."""
+
+    @contextmanager
+    def strike(scene: Scene, chance: random.Random) -> Iterator[str]:
+        one = scene.alone(start, chance) if start not in {"clients", "PEERS"} else start
+        other = scene.alone(end, chance) if end == "service" or start == "PEERS" else end
+        how: How = chance.choice(("cut", "frozen", "slow"))
+        with _broken(scene, one, other, how) as what:
+            yield what
+
+    return strike
+
+
+for start, end, area, between in (
+    ("clients", "service", "service", "clients and a service"),
+    ("service", "reservations", "service", "a service and Postgres"),
+    ("relay", "reservations", "relay", "a relay and Postgres"),
+    ("relay", "broker", "relay", "a relay and Kafka"),
+    ("worker", "analytics", "worker", "a worker and Postgres"),
+    ("worker", "broker", "worker", "a worker and Kafka"),
+    ("PEERS", "broker", "kafka", "a broker and the others"),
+):
+    kind(f"network between {between}", area, (2, 10))(_way(start, end))
+
+
+def _flickering(start: str, end: str) -> Strike:
+    """Cut the ways of all for a moment, again and again: answers get lost, sessions don't."""
+
+    @contextmanager
+    def strike(scene: Scene, _chance: random.Random) -> Iterator[str]:
+        names = ["clients"] if start == "clients" else scene.product.size.names(start)
+        wait = threading.Event()
+
+        def flicker() -> None:
+            with ExitStack() as cut:
+                for name in names:
+                    cut.enter_context(scene.product.ways.broken(name, end, "cut"))
+                wait.wait(SHORT_CUT_S)
+
+        with repeated(flicker, 0.4):
+            yield f"{start} to {end}"
+
+    return strike
+
+
+kind("network flickers between clients and services", "service", (5, 9))(
+    _flickering("clients", "service")
+)
+kind("network flickers between relays and Kafka", "relay", (5, 9))(_flickering("relay", "broker"))
+
+
+# ---- what comes through the topic, and the group
+
+
+@kind("poisoned records", "data", (2, 5))
+@contextmanager
+def _poisoned(scene: Scene, chance: random.Random) -> Iterator[str]:
+    def poison() -> None:
+        key, value = chance.choice(POISONS)
+        headers: list[tuple[str, str | bytes | None]] = [(MARK, POISON)]
+        scene.producer.produce(RESERVATION_TOPIC, value, key, headers=headers)
+        scene.producer.poll(0)
+
+    with repeated(poison, 0.05):
+        yield RESERVATION_TOPIC
+
+
+@kind("records delivered again", "data", (2, 6))
+@contextmanager
+def _again(scene: Scene, chance: random.Random) -> Iterator[str]:
+    """Old ones behind newer ones, as a producer that doesn't know what it has sent does."""
+
+    def repeat() -> None:
+        recent = list(scene.gauges.recent)
+        for record in chance.sample(recent, min(AGAIN_RECORDS, len(recent))):
+            headers: list[tuple[str, str | bytes | None]] = [(MARK, AGAIN)]
+            scene.producer.produce(record.topic, record.value, record.key, headers=headers)
+        scene.producer.poll(0)
+
+    with repeated(repeat, 0.3):
+        yield RESERVATION_TOPIC
+
+
+@kind("rebalance storm", "worker", (6, 10))
+@contextmanager
+def _storm(scene: Scene, _chance: random.Random) -> Iterator[str]:
+    """A stranger joins the group and leaves it again and again."""
+
+    def join() -> None:
+        consumer = Consumer(
+            {
+                "bootstrap.servers": scene.product.environment["KAFKA_BOOTSTRAP_SERVERS"],
+                "group.id": "data-platform",
+                "group.protocol": "consumer",
+                "enable.auto.commit": False,
+                "log_level": 0,
+            }
+        )
+        consumer.subscribe([RESERVATION_TOPIC])
+        try:
+            for _ in range(4):
+                consumer.poll(0.3)
+        finally:
+            consumer.close()
+
+    with repeated(join, 0.2):
+        yield "the workers' group"

@@ -1,0 +1,76 @@
+"""`python -m chaos.trial`: a small product, a few faults one after the other, the audit as JSON.
+
+One broker and no small disks, so that it is over in less than a minute. It tries the tree that it
+is started in.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from chaos import whole
+from chaos.product import Size
+from chaos.schedule import script
+from chaos.strikes import KINDS
+from devstack.__main__ import ending_well
+from devstack.steps import Steps
+
+SMALL = Size(brokers=1, services=2, relays=2, workers=2, small_disks=False)
+LOAD = whole.Load(threads=8, rate=30)
+FIRST_S, PAUSE_S, AFTER_S = 3.0, 2.0, 1.0
+HEAL_TIMEOUT_S = 30.0
+# A batch has few events here: more of them are more seams to strike at.
+ENVIRONMENT = {"DATA_PLATFORM_BATCH_ROWS": "20"}
+
+
+def trial(
+    faults: list[tuple[str, float]], steps: Steps, *, delivery: str, logs: Path | None = None
+) -> whole.Outcome:
+    """Strike a small product with these faults for so many seconds each, and audit."""
+    planned = script(faults, first_s=FIRST_S, pause_s=PAUSE_S)
+    return whole.run(
+        planned,
+        seconds=planned[-1].ends_s + AFTER_S,
+        seed=1,
+        size=SMALL,
+        load=LOAD,
+        steps=steps,
+        delivery=delivery,
+        environment=ENVIRONMENT,
+        heal_timeout_s=HEAL_TIMEOUT_S,
+        keep_logs=lambda product: whole.keep(product.logs(), logs),
+    )
+
+
+@click.command()
+@click.argument("faults", nargs=-1, required=True)
+@click.option("--seconds", type=click.FloatRange(0.1), default=8, show_default=True)
+@click.option("--delivery", default="exactly_once", show_default=True)
+@click.option("--report", type=click.Path(path_type=Path), help="a file for the JSON")
+@click.option("--logs", type=click.Path(path_type=Path), help="a folder for the parts' logs")
+def main(
+    *,
+    faults: tuple[str, ...],
+    seconds: float,
+    delivery: str,
+    report: Path | None,
+    logs: Path | None,
+) -> None:
+    """Strike with these kinds of FAULTS."""
+    if unknown := set(faults) - KINDS.keys():
+        raise click.UsageError(f"no such fault: {', '.join(unknown)}; there are {sorted(KINDS)}")
+    with ending_well(), Steps() as steps:
+        outcome = trial([(name, seconds) for name in faults], steps, delivery=delivery, logs=logs)
+    text = json.dumps({**asdict(outcome), "good": outcome.good}, indent=1)
+    if report is None:
+        click.echo(text)
+    else:
+        report.write_text(text + "\n", encoding="utf-8")
+    sys.exit(0 if outcome.good else 1)
+
+
+if __name__ == "__main__":
+    main()
