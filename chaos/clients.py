@@ -107,8 +107,8 @@ class Clients:
                 number=number,
             )
             while not self._stop.is_set():
-                performance_id, seats = chance.choice(self._seats)
                 hot = chance.random() < HOT
+                performance_id, seats = self._seats[0] if hot else chance.choice(self._seats)
                 wanted = chance.sample(seats[:HOT_SEATS] if hot else seats, chance.randint(1, 3))
                 (behaviour,) = chance.choices(*zip(*BEHAVIOURS, strict=True))
                 try:

@@ -1,14 +1,21 @@
-"""Small disks that can be filled to the last byte: a tmpfs each, which only root may mount."""
+"""Small disks that can be filled to the last byte: a tmpfs each, which only root may mount.
+
+They are mounted where nobody else sees them (`enter_own_mounts`), so that none is left behind by a
+run that is killed.
+"""
 
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MOUNT_TIMEOUT_S = 20.0
+OWN_MOUNTS = ["unshare", "--mount", "--propagation", "private"]
+MARK = "CHAOS_OWN_MOUNTS"
 REFILL_INTERVAL_S = 0.1
 
 
@@ -51,9 +58,21 @@ def why_not() -> str:
     """Return why there can be no small disks here; empty when there can."""
     if os.geteuid() != 0:
         return "only root may mount a small filesystem"
-    if not shutil.which("mount"):
-        return "there is no `mount`"
-    return ""
+    if not shutil.which("unshare"):
+        return "there is no `unshare` (util-linux)"
+    tried = subprocess.run([*OWN_MOUNTS, "true"], check=False, capture_output=True)  # noqa: S603
+    return "" if tried.returncode == 0 else "this machine lets nobody mount a filesystem"
+
+
+def enter_own_mounts() -> None:
+    """Begin this program again in a mount namespace of its own, unless it is there or can't.
+
+    By a new start, because a namespace is a thread's: programs started by others would not see
+    what is mounted.
+    """
+    if MARK not in os.environ and not why_not():
+        command = [*OWN_MOUNTS, sys.executable, "-m", "chaos", *sys.argv[1:]]
+        os.execvpe(command[0], command, os.environ | {MARK: "1"})  # noqa: S606
 
 
 def _fill(ballast: Path) -> None:

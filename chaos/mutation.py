@@ -21,7 +21,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from devstack.__main__ import ending_well
+from devstack.__main__ import INTERRUPTED, ending_well
 from devstack.processes import Process
 from devstack.state import REPOSITORY, home
 
@@ -91,7 +91,7 @@ def main(only: str | None) -> None:
     for column in ("bug", "fault", "found", "s"):
         table.add_column(column, justify="right" if column == "s" else "left")
     good = True
-    with ending_well():
+    with ending_well(INTERRUPTED):
         for delivery in dict.fromkeys(mutant.delivery for mutant in mutants):
             alike = [mutant for mutant in mutants if mutant.delivery == delivery]
             console.print(f"the tree as it is, {delivery}", highlight=False)

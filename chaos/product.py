@@ -199,6 +199,8 @@ class Product(Stack):
         own[variable] = url.replace(f"@127.0.0.1:{server.port}/", f"@127.0.0.1:{port}/")
         if name in self.size.clients_of_kafka():
             own["KAFKA_BOOTSTRAP_SERVERS"] = self.wired.servers_for(name)
+        # What a killed one leaves in a temporary folder goes with the run.
+        own["TMPDIR"] = str(self.run.path)
         return {"RESERVATION_HOLD_SECONDS": str(HOLD_S), **self._more, **own}
 
     # ---- using it

@@ -15,15 +15,15 @@ from chaos import whole
 from chaos.product import Size
 from chaos.schedule import script
 from chaos.strikes import KINDS
-from devstack.__main__ import ending_well
+from devstack.__main__ import INTERRUPTED, ending_well
 from devstack.steps import Steps
 
 SMALL = Size(brokers=1, services=2, relays=2, workers=2, small_disks=False)
 LOAD = whole.Load(threads=8, rate=30)
-FIRST_S, PAUSE_S, AFTER_S = 3.0, 2.0, 1.0
+FIRST_S, PAUSE_S, AFTER_S = 2.0, 1.5, 1.0
 HEAL_TIMEOUT_S = 30.0
 # A batch has few events here: more of them are more seams to strike at.
-ENVIRONMENT = {"DATA_PLATFORM_BATCH_ROWS": "20"}
+ENVIRONMENT = {"DATA_PLATFORM_BATCH_ROWS": "20", "RESERVATION_HOLD_SECONDS": "3"}
 
 
 def trial(
@@ -62,7 +62,7 @@ def main(
     """Strike with these kinds of FAULTS."""
     if unknown := set(faults) - KINDS.keys():
         raise click.UsageError(f"no such fault: {', '.join(unknown)}; there are {sorted(KINDS)}")
-    with ending_well(), Steps() as steps:
+    with ending_well(INTERRUPTED), Steps() as steps:
         outcome = trial([(name, seconds) for name in faults], steps, delivery=delivery, logs=logs)
     text = json.dumps({**asdict(outcome), "good": outcome.good}, indent=1)
     if report is None:

@@ -30,7 +30,7 @@ from devstack.steps import Steps
 HEAL_TIMEOUT_S = 150.0
 COMMAND_TIMEOUT_S = 120.0
 TICK_S = 0.1
-PROGRESS_INTERVAL_S = 1.0
+PROGRESS_INTERVAL_S = 5.0
 FLUSH_TIMEOUT_S = 60.0
 # Each may come to nothing: what it needs has not come back yet from what came before.
 IN_VAIN = (psycopg.Error, KafkaException, TimeoutError, OSError, DevstackError)
@@ -303,7 +303,7 @@ def _healed(
     for what, wait in waits:
         try:
             wait()
-        except (*IN_VAIN, RuntimeError) as error:
+        except (*IN_VAIN, RuntimeError, ValueError) as error:
             yield Difference(f"it never comes to this: {what}", 1, [str(error)])
 
 
