@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo up stack test compose-test systemd-test check lint format lock contracts variables wheel bench chaos screenshots clean
+.PHONY: help install demo up stack test compose-test systemd-test check lint format lock contracts variables wheel bench chaos chaos-mutants screenshots clean
 
 PYTHON ?= python3
 BROKERS ?= 1
@@ -48,8 +48,11 @@ test: $(INSTALLED) ## all tests, on a real Postgres and a real Kafka
 compose-test: $(INSTALLED) ## docker-compose.yml up, booked and killed under load; needs a Docker engine
 	@exec $(RUN) tests.compose
 
-chaos: $(INSTALLED) ## relays and brokers killed and frozen at random, then an audit (DURATION_S=, SEED=)
+chaos: $(INSTALLED) ## break every part while clients book, then audit every place (DURATION_S=, SEED=)
 	@DEVSTACK_PARENT=$$PPID exec $(RUN) chaos --duration-s $(DURATION_S) --seed $(SEED)
+
+chaos-mutants: $(INSTALLED) ## does that audit find bugs? ten deliberate ones, each by its fault
+	@DEVSTACK_PARENT=$$PPID exec $(RUN) chaos.mutation
 
 systemd-test: $(INSTALLED) ## install on a real systemd; kill, freeze, starve, upgrade, reboot (root; SYSTEMD_BOX= boots it)
 	@DEVSTACK_PARENT=$$PPID exec $(RUN) tests.systemd

@@ -1,4 +1,7 @@
-"""`python -m chaos`: faults at full size, for people. Exit codes as everywhere: 0, 1, 2."""
+"""`python -m chaos`: faults at full size, for people. Exit codes as everywhere: 0, 1, 2.
+
+The whole product by default; `--only` strikes two relays, or three workers, more densely.
+"""
 
 import json
 import shutil
@@ -12,9 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from chaos import loader, relay
+from chaos import disks, loader, relay, report, whole
+from chaos.gauges import Gauges
+from chaos.ledger import Ledger
+from chaos.product import Size
 from chaos.relay import Outcome
-from devstack.__main__ import ending_well
+from chaos.schedule import plan
+from chaos.strikes import natures
+from devstack.__main__ import INTERRUPTED, ending_well
 from devstack.kafka import KafkaCluster
 from devstack.parts import new_kafka, new_postgres
 from devstack.state import Run, home
@@ -26,23 +34,64 @@ FULL_EVENTS = 1_000_000
 FULL_LOADER_EVENTS = 500_000
 FULL_DURATION_S = 600
 PARTITIONS = 6
+DELIVERIES = ("exactly_once", "at_least_once")
 
 
 @click.command()
 @click.option("--duration-s", type=click.IntRange(10), default=FULL_DURATION_S, show_default=True)
-@click.option("--events", type=click.IntRange(1), help="default: in proportion to a million")
 @click.option("--seed", type=int, default=1, show_default=True)
-@click.option("--only", type=click.Choice(["relay", "loader"]), help="default: both in turn")
-def main(duration_s: int, events: int | None, seed: int, only: str | None) -> None:
-    """Relays and brokers, then workers and databases, under random faults; nothing may be lost."""
-    good = True
-    if only != "loader":
+@click.option("--rate", type=click.FloatRange(1), default=40, show_default=True, help="bookings/s")
+@click.option("--delivery", type=click.Choice(DELIVERIES), default=DELIVERIES[0], show_default=True)
+@click.option("--only", type=click.Choice(["relay", "loader"]), help="default: the whole product")
+@click.option("--events", type=click.IntRange(1), help="with --only; default: by the duration")
+def main(
+    *, duration_s: int, seed: int, rate: float, delivery: str, only: str | None, events: int | None
+) -> None:
+    """Break everything while clients book; nothing may be lost, doubled or out of order."""
+    if only == "relay":
         wanted = events or FULL_EVENTS * duration_s // FULL_DURATION_S
-        good &= relays(seconds=duration_s, events=wanted, seed=seed)
-    if only != "relay":
+        good = relays(seconds=duration_s, events=wanted, seed=seed)
+    elif only == "loader":
         wanted = events or FULL_LOADER_EVENTS * duration_s // FULL_DURATION_S
-        good &= workers(seconds=duration_s, events=wanted, seed=seed)
+        good = workers(seconds=duration_s, events=wanted, seed=seed)
+    else:
+        good = everything(seconds=duration_s, seed=seed, rate=rate, delivery=delivery)
     sys.exit(0 if good else 1)
+
+
+def everything(*, seconds: int, seed: int, rate: float, delivery: str) -> bool:
+    """Strike the whole product; say whether every place agrees with what clients were told."""
+    results = home() / "chaos" / f"whole-{seed}"
+    results.mkdir(parents=True, exist_ok=True)
+    console = report.console()
+    disks.enter_own_mounts()
+    with ending_well(INTERRUPTED), Steps() as steps:
+
+        def progress(now_s: float, present: str, gauges: Gauges, ledger: Ledger) -> None:
+            counts = (gauges.committed, gauges.published, gauges.loaded)
+            said = " → ".join(f"{curve.counts[-1] if curve.counts else 0:,}" for curve in counts)
+            steps.console.print(
+                f"  {now_s:4.0f} s  told {len(ledger.told):,}  events {said}  {present or 'calm'}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+        outcome = whole.run(
+            plan(natures(), duration_s=seconds, seed=seed),
+            seconds=seconds,
+            seed=seed,
+            size=Size(),
+            load=whole.Load(rate=rate),
+            steps=steps,
+            delivery=delivery,
+            doubles_allowed=delivery == "at_least_once",
+            progress=progress,
+            keep_logs=lambda product: whole.keep(product.logs(), results),
+        )
+    report.show(outcome, console)
+    report.write(outcome, results)
+    console.print(f"report, charts and logs: {results}", highlight=False, soft_wrap=True)
+    return outcome.good
 
 
 def workers(*, seconds: int, events: int, seed: int) -> bool:
@@ -105,7 +154,7 @@ def relays(*, seconds: int, events: int, seed: int) -> bool:
         finally:
             for log in run.path.glob("relay-*.log"):
                 shutil.copy(log, results)
-    report(outcome, results)
+    show_relays(outcome, results)
     return outcome.good
 
 
@@ -144,7 +193,7 @@ def progress_bar(events: int) -> Iterator[Callable[[int, int], None]]:
         yield show
 
 
-def report(outcome: Outcome, results: Path) -> None:
+def show_relays(outcome: Outcome, results: Path) -> None:
     """Print the table, and keep the figures as JSON."""
     verdict = outcome.verdict
     table = Table(title=f"two relays, seed {outcome.seed}, {outcome.seconds:g} s")

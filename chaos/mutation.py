@@ -21,6 +21,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from chaos import report
 from devstack.__main__ import INTERRUPTED, ending_well
 from devstack.processes import Process
 from devstack.state import REPOSITORY, home
@@ -108,7 +109,7 @@ def main(only: str | None) -> None:
             found = verdict.said or "nothing"
             row = (mutant.name, mutant.fault, found)
             table.add_row(*row, f"{verdict.seconds:.0f}", style="green" if fine else "red")
-    Console().print(table)
+    report.console().print(table)
     sys.exit(0 if good else 1)
 
 
@@ -121,11 +122,11 @@ def tried(patch: Path | None, mutants: Sequence[Mutant], timeout_s: float) -> Ve
 
 
 def _tried(tree: Path, mutants: Sequence[Mutant], timeout_s: float) -> Verdict:
-    report, log = tree / "trial.json", tree / "trial.log"
+    said, log = tree / "trial.json", tree / "trial.log"
     began_s = time.monotonic()
     trial = Process(
         [
-            *(sys.executable, "-m", "chaos.trial", "--report", report),
+            *(sys.executable, "-m", "chaos.trial", "--report", said),
             *("--delivery", mutants[0].delivery),
             *("--seconds", str(max(mutant.seconds for mutant in mutants))),
             *dict.fromkeys(mutant.fault for mutant in mutants),
@@ -142,9 +143,9 @@ def _tried(tree: Path, mutants: Sequence[Mutant], timeout_s: float) -> Verdict:
     finally:
         trial.stop()
     seconds = time.monotonic() - began_s
-    if not report.exists():
+    if not said.exists():
         return Verdict(seconds, failure=f"no verdict: {trial.log_tail()}")
-    found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads(said.read_text(encoding="utf-8"))
     return Verdict(seconds, [(one["kind"], one["count"]) for one in found["differences"]])
 
 

@@ -13,11 +13,20 @@ from rich.table import Table
 
 from chaos.whole import Outcome, Struck
 
+FILE_WIDTH = 160
 WIDTH, HEIGHT, LINE_HEIGHT = 1000, 380, 17
 # A curve of ten minutes has thousands of points; a chart shows so many.
 POINTS = 400
 COLORS = ("#8a8f98", "#1f6feb", "#d9822b")
 FAULT_COLOR = "#b3261e"
+
+
+def console() -> Console:
+    """Return what the tables go to; a file has room for whole names."""
+    found = Console()
+    if not found.is_terminal:
+        found.width = FILE_WIDTH
+    return found
 
 
 def show(outcome: Outcome, console: Console) -> None:
