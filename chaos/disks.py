@@ -33,11 +33,10 @@ class Disk:
         ballast, stop = self.folder / "ballast", threading.Event()
 
         def fill() -> None:
-            while True:
+            while not stop.wait(REFILL_INTERVAL_S):
                 _fill(ballast)
-                if stop.wait(REFILL_INTERVAL_S):
-                    return
 
+        _fill(ballast)
         filling = threading.Thread(target=fill, daemon=True)
         filling.start()
         try:
