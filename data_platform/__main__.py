@@ -114,7 +114,7 @@ def run() -> None:
         if settings.metrics_port:
             _serve(health, settings)
     loader = Loader(settings.analytics_database_url.get_secret_value())
-    _begin_telling_freshness(settings)
+    _begin_telling_freshness(settings, health)
     try:
         Worker(source, loader, _decoders(settings), health).run()
     except Exception as error:  # noqa: BLE001 - told, and the end of the process
@@ -125,11 +125,12 @@ def run() -> None:
         sys.exit(1)
 
 
-def _begin_telling_freshness(settings: config.Settings) -> None:
+def _begin_telling_freshness(settings: config.Settings, health: Health) -> None:
     watermarks = Watermarks(
         settings.analytics_database_url.get_secret_value(),
         Topics({**settings.client_properties(), "logger": getLogger("librdkafka")}),
         list(_decoders(settings)),
+        health,
     )
     # It ends with the process: it holds nothing that could be lost.
     never = threading.Event()

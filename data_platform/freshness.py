@@ -7,7 +7,8 @@ partition is as fresh as a busy one. A partition whose topic was made anew, or i
 was loaded from it, keeps its old moment.
 
 Every worker does this, in a thread beside the load, for all partitions: what one has just
-written, the others leave alone.
+written, the others leave alone. Each tells its own metrics what it has seen; an outage leaves the
+last values, so the age of the moment grows.
 """
 
 import threading
@@ -20,10 +21,11 @@ from typing import NamedTuple
 import psycopg
 import structlog
 from confluent_kafka import KafkaException
-from psycopg.rows import class_row
+from psycopg.rows import class_row, tuple_row
 
 from data_platform import sql_freshness as sql
 from data_platform.errors import KafkaTroubleError, told
+from data_platform.health import Health
 from data_platform.topics import Topic, Topics
 
 APPLICATION_NAME = "data-platform freshness"
@@ -61,11 +63,13 @@ class Watermarks:
         url: libpq connection string of the loader's role.
         topics: asks Kafka about topics.
         names: the topics.
+        health: is told.
     """
 
     url: str
     topics: Topics
     names: Sequence[str]
+    health: Health | None = None
     _pending: dict[tuple[str, int, str], deque[End]] = field(default_factory=dict)
     _connection: psycopg.Connection[Place] | None = None
 
@@ -96,9 +100,29 @@ class Watermarks:
             # Asked again: only then do the ends belong to the topic that was loaded from.
             if self.topics.topic_id(name) != topic.topic_id:
                 continue
-            for place in places:
-                if place.topic == name:
-                    self._mark(connection, place, topic)
+            of_topic = [place for place in places if place.topic == name]
+            for place in of_topic:
+                self._mark(connection, place, topic)
+            self._tell(topic, of_topic)
+        if self.health is not None:
+            with connection.cursor(row_factory=tuple_row) as cursor:
+                found = cursor.execute(sql.COUNT_DEAD_LETTERS).fetchone()
+            self.health.dead_letters_kept.set(found[0] if found else 0)
+
+    def _tell(self, topic: Topic, places: Sequence[Place]) -> None:
+        """Tell the metrics of a topic: its oldest moment, and what is not loaded of it."""
+        if self.health is None:
+            return
+        name = places[0].topic
+        numbers = [place.kafka_partition for place in places]
+        ends = [topic.spans[p].end if p in topic.spans else 0 for p in numbers]
+        behind = [max(0, end - place.next_offset) for end, place in zip(ends, places, strict=True)]
+        self.health.lag_records.labels(name).set(sum(behind))
+        moments = [place.complete_up_to for place in places]
+        known = [moment for moment in moments if moment is not None]
+        if len(known) == len(moments):
+            oldest_s = min(known).timestamp()
+            self.health.complete_up_to.labels(name).set(oldest_s)
 
     def _mark(self, connection: psycopg.Connection[Place], place: Place, topic: Topic) -> None:
         span = topic.spans.get(place.kafka_partition)

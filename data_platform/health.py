@@ -45,6 +45,23 @@ class Health:
             "Partitions that can't be read without losing or mixing up something",
             registry=self.registry,
         )
+        self.complete_up_to = Gauge(
+            "data_platform_complete_up_to_timestamp_seconds",
+            "Everything that Kafka had committed before this moment is in the tables",
+            ["topic"],
+            registry=self.registry,
+        )
+        self.lag_records = Gauge(
+            "data_platform_lag_records",
+            "Offsets of a topic that are not in the tables, transaction markers included",
+            ["topic"],
+            registry=self.registry,
+        )
+        self.dead_letters_kept = Gauge(
+            "data_platform_dead_letters_kept",
+            "Dead letters that wait for a replay; counted up to 10,000",
+            registry=self.registry,
+        )
         self.load_seconds = Histogram(
             "data_platform_load_seconds",
             "Duration of a load transaction",

@@ -23,3 +23,8 @@ WHERE topic = %(topic)s AND kafka_partition = %(kafka_partition)s AND topic_id =
     AND next_offset >= %(end)s
     AND (complete_up_to IS NULL OR complete_up_to < %(complete_up_to)s)
 """
+
+# The number tells whether to act, not how much there is to do: bounded, for it is asked often.
+COUNT_DEAD_LETTERS = """
+SELECT count(*) FROM (SELECT FROM analytics.dead_letters LIMIT 10000) AS kept
+"""

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -40,6 +40,16 @@ class Metrics:
         self._default_filled = self._gauge(
             "outbox_default_filled", "1 while rows are beyond all partitions; to be 0."
         )
+        self._under_replicated = self._gauge(
+            "under_replicated_partitions",
+            "Partitions of a Kafka topic of which a replica is not in sync; to be 0.",
+            "topic",
+        )
+        self._leaderless = self._gauge(
+            "leaderless_partitions",
+            "Partitions of a Kafka topic that nobody can write to; to be 0.",
+            "topic",
+        )
         self._published = Counter(
             "outbox_relay_published_events",
             "Events that Kafka has acknowledged and the cursor has passed.",
@@ -69,6 +79,7 @@ class Metrics:
         if not leads:
             for of_the_leader in (self._lag_rows, self._oldest_age_s, self._quarantined):
                 of_the_leader.clear()
+            self.partitions(None)
 
     def standing_by(self, stands_by: bool) -> None:  # noqa: FBT001 - see above
         """Note whether this process waits for the leadership."""
@@ -97,6 +108,14 @@ class Metrics:
         """Note of how many partitions the outbox is, and whether the default one has rows."""
         self._partitions.set(partitions)
         self._default_filled.set(default_filled)
+
+    def partitions(self, told: Mapping[str, tuple[int, int]] | None) -> None:
+        """Note by topic how many partitions lack a replica, a leader; None: nobody knows."""
+        self._under_replicated.clear()
+        self._leaderless.clear()
+        for topic, (under_replicated, leaderless) in (told or {}).items():
+            self._under_replicated.labels(topic).set(under_replicated)
+            self._leaderless.labels(topic).set(leaderless)
 
     def progressed(self, lane: str) -> None:
         """Note that a lane has come round; the first time makes it count for `healthy`."""

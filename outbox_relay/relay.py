@@ -25,6 +25,7 @@ from outbox_relay.news import News
 from outbox_relay.notify import Notifier
 from outbox_relay.outages import Outage
 from outbox_relay.reach import Reach
+from outbox_relay.replicas import Replicas
 from outbox_relay.stopping import Stop
 
 STANDBY_INTERVAL_S = 0.5
@@ -128,11 +129,14 @@ class Relay:
             self.metrics.leading(True)
             housekeeping = Housekeeping(self.settings, self.metrics)
             housekeeping.start()
+            replicas = Replicas(self.settings, self.metrics)
+            replicas.start()
             try:
                 with self._lanes() as lanes:
                     self._lead(connection, term, lanes, outage)
             finally:
                 housekeeping.stop()
+                replicas.stop()
                 self.metrics.leading(False)
                 if self._said_leading:
                     log.info("stopped leading", term=term.epoch)

@@ -110,9 +110,11 @@ def transaction(connection: Connection) -> Iterator[None]:
         raise
 
 
-def make_pool(url: str, size: int) -> ConnectionPool[Connection]:
+def make_pool(
+    url: str, size: int, kind: type[ConnectionPool[Connection]] = ConnectionPool
+) -> ConnectionPool[Connection]:
     """Make a closed pool of up to `size` connections, which opens even while Postgres is away."""
-    return ConnectionPool(
+    return kind(
         url,
         connection_class=_BoundedConnection,
         kwargs=parameters("reservation-service"),

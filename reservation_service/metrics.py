@@ -11,10 +11,11 @@ from prometheus_client import (
     REGISTRY,
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     generate_latest,
 )
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 REQUESTS = Counter(
     "reservation_http_requests", "HTTP requests answered.", ["method", "route", "status"]
@@ -30,6 +31,29 @@ CHANGES = Counter(
     "Calls that change a reservation, by what came of them (a status code for refusals).",
     ["action", "outcome"],
 )
+
+# Of the workers that live: see `forget`.
+POOL_MAX = Gauge(
+    "reservation_pool_max_connections",
+    "Connections that the workers may have to the database.",
+    multiprocess_mode="livesum",
+)
+POOL_BUSY = Gauge(
+    "reservation_pool_busy_connections",
+    "Connections that requests are using.",
+    multiprocess_mode="livesum",
+)
+POOL_WAIT_SECONDS = Histogram(
+    "reservation_pool_wait_seconds",
+    "Time that a request waited for a connection.",
+    buckets=(0.001, 0.01, 0.1, 0.5, 1, 2.5, 5),
+)
+POOL_REFUSALS = Counter("reservation_pool_refusals", "Requests that got no connection in time.")
+
+
+def forget(process_id: int, directory: Path) -> None:
+    """Take a worker that has ended out of what is summed over those that live; keep its counts."""
+    mark_process_dead(process_id, str(directory))  # type: ignore[no-untyped-call]
 
 
 def render(directory: Path | None) -> tuple[bytes, str]:

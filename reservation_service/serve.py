@@ -82,8 +82,10 @@ class _Server(BaseApplication):  # type: ignore[misc]
     def load(self) -> Flask:
         """Make the application; gunicorn calls this in the worker, after the fork."""
         from reservation_service.app import create_app  # noqa: PLC0415 - imports the metrics
+        from reservation_service.pool import MeasuredPool  # noqa: PLC0415 - as do these
 
-        pool = make_pool(self._settings.required("database_url"), THREADS_PER_WORKER)
+        url = self._settings.required("database_url")
+        pool = make_pool(url, THREADS_PER_WORKER, MeasuredPool)
         pool.open(wait=False)
         self.cfg.set("worker_exit", lambda _server, _worker: pool.close())
         return create_app(
@@ -102,6 +104,13 @@ def _allow_files(wanted: int) -> int:
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     return wanted
+
+
+def _forget(process_id: int, folder: str) -> None:
+    """Leave a worker that has ended, also by a kill, out of the gauges."""
+    from reservation_service import metrics  # noqa: PLC0415 - after the directory is named
+
+    metrics.forget(process_id, Path(folder))
 
 
 def serve(settings: Settings, host: str, port: int, workers: int) -> None:
@@ -129,6 +138,7 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> None:
         "control_socket_disable": True,
         "logger_class": _JsonLogger,
         "proc_name": "reservation-service",
+        "child_exit": lambda _master, worker: _forget(worker.pid, folder),
         # By the master alone: a worker that ends would take the others' metrics along.
         "on_exit": lambda _master: shutil.rmtree(folder, ignore_errors=True),
     }
