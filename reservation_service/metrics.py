@@ -15,7 +15,7 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.multiprocess import MultiProcessCollector
 
 REQUESTS = Counter(
     "reservation_http_requests", "HTTP requests answered.", ["method", "route", "status"]
@@ -32,7 +32,7 @@ CHANGES = Counter(
     ["action", "outcome"],
 )
 
-# Of the workers that live: see `forget`.
+# Of the workers that live: `serve` takes away those of one that has ended.
 POOL_MAX = Gauge(
     "reservation_pool_max_connections",
     "Connections that the workers may have to the database.",
@@ -49,11 +49,6 @@ POOL_WAIT_SECONDS = Histogram(
     buckets=(0.001, 0.01, 0.1, 0.5, 1, 2.5, 5),
 )
 POOL_REFUSALS = Counter("reservation_pool_refusals", "Requests that got no connection in time.")
-
-
-def forget(process_id: int, directory: Path) -> None:
-    """Take a worker that has ended out of what is summed over those that live; keep its counts."""
-    mark_process_dead(process_id, str(directory))  # type: ignore[no-untyped-call]
 
 
 def render(directory: Path | None) -> tuple[bytes, str]:

@@ -107,10 +107,12 @@ def _allow_files(wanted: int) -> int:
 
 
 def _forget(process_id: int, folder: str) -> None:
-    """Leave a worker that has ended, also by a kill, out of the gauges."""
-    from reservation_service import metrics  # noqa: PLC0415 - after the directory is named
+    """Leave a worker that has ended, also by a kill, out of the gauges; keep its counts."""
+    from prometheus_client.multiprocess import (  # noqa: PLC0415 - after the directory is named
+        mark_process_dead,
+    )
 
-    metrics.forget(process_id, Path(folder))
+    mark_process_dead(process_id, folder)  # type: ignore[no-untyped-call]
 
 
 def serve(settings: Settings, host: str, port: int, workers: int) -> None:
