@@ -86,7 +86,7 @@ def demo(steps: Steps, reservations: int) -> None:
                 base_url,
                 impatient_url,
                 secret_key=environment["RESERVATION_SECRET_KEY"],
-                seats_by_performance=_seats_on_sale(base_url),
+                seats_by_performance=seats_on_sale(base_url),
                 on_booked=sightings.booked,
             )
             with steps.step(f"{CUSTOMERS_PER_HOT_SEAT} customers at once want each of 5 seats"):
@@ -96,7 +96,7 @@ def demo(steps: Steps, reservations: int) -> None:
                 _book(customers, reservations, application, steps.console)
             elapsed_s = time.monotonic() - began_s
             late = _await_tables(customers.told, environment, sightings, steps)
-        found = audit(_as_they_ended(customers.told), environment)
+        found = audit(as_they_ended(customers.told), environment)
         _show_tables(environment["ANALYST_DATABASE_URL"], console)
         _show_audit(found, console)
         _show_latency(customers.told, sightings.latencies_s, elapsed_s, console)
@@ -106,7 +106,8 @@ def demo(steps: Steps, reservations: int) -> None:
     console.print("[green]Every place agrees: nothing lost, nothing doubled.[/]", highlight=False)
 
 
-def _seats_on_sale(base_url: str) -> dict[int, list[int]]:
+def seats_on_sale(base_url: str) -> dict[int, list[int]]:
+    """Return performance → its seats, as the service's API tells them."""
     concerts: Any = get_json(f"{base_url}/api/concerts?limit=200")
     performance_ids = [
         performance["performance_id"]
@@ -207,7 +208,8 @@ def _await_tables(
         return []
 
 
-def _as_they_ended(told: Told) -> dict[str, str]:
+def as_they_ended(told: Told) -> dict[str, str]:
+    """Return reservation → status, the forgotten holds' as expired."""
     return {
         reservation_id: "expired" if reservation_id in told.forgotten else status
         for reservation_id, status in told.status_by_reservation.items()

@@ -5,6 +5,7 @@ lock, and is renamed when it is whole: a killed one leaves nothing that looks li
 starts at once download once.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -12,10 +13,16 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from devstack.processes import ConfigurationError, Process, succeed
+from devstack.processes import ConfigurationError, DevstackError, Process, succeed
 from devstack.state import Run, cache, locked
 
 DEFAULT_KAFKA_VERSION = "4.3.0"
+# SHA-256 of `sha256sum *.jar`, of all that Maven brings for a version; another version is taken
+# as Maven has checked it.
+JARS_SHA256 = {
+    "4.3.0": "36c0981518619edcbbd4d74fc1ad0e0da766c8a3ed848400cd56a021fad0d704",
+    "3.9.2": "aea7a5c231fa124b118209d52b9fe968e420e08f7e1f7bfec392f8c1de62b951",
+}
 OLDEST_JAVA = 17
 JAVA_ANSWER_TIMEOUT_S = 20
 DOWNLOAD_TIMEOUT_S = 900.0
@@ -128,14 +135,28 @@ def _download_jars(pom: Path, folder: Path, run_: Run, progress: Progress) -> No
     shutil.rmtree(unfinished, ignore_errors=True)
     maven = Process(
         [
-            "mvn", "-q", "-B", "-f", pom, f"-Dkafka.version={kafka_version()}",
+            "mvn", "-q", "-B", "--strict-checksums", "-f", pom,
+            f"-Dkafka.version={kafka_version()}",
             "dependency:copy-dependencies", "-DincludeScope=runtime",
             f"-DoutputDirectory={unfinished}",
         ],
         name="Maven", log=run_.path / "maven.log", keep_fds=[run_.lock_fd],
     )  # fmt: skip
     succeed(maven, DOWNLOAD_TIMEOUT_S, lambda: progress(f"{_megabytes(unfinished):.0f} MB so far"))
+    if pom == POM:
+        _check(unfinished)
     unfinished.rename(folder)
+
+
+def _check(folder: Path) -> None:
+    """Refuse jars of Kafka other than those we know (Maven has compared each with its server's)."""
+    jars = sorted(folder.glob("*.jar"))
+    sums = "".join(f"{hashlib.sha256(jar.read_bytes()).hexdigest()}  {jar.name}\n" for jar in jars)
+    found = hashlib.sha256(sums.encode()).hexdigest()
+    if (known := JARS_SHA256.get(kafka_version())) and found != known:
+        raise DevstackError(
+            f"Kafka {kafka_version()}: the jars are not those we know ({found}, expected {known})"
+        )
 
 
 def _install_packages(run_: Run, progress: Progress) -> None:

@@ -195,6 +195,7 @@ class KafkaCluster:
             command = [
                 *self._java, *FORMATTER_OPTIONS, "kafka.tools.StorageTool", "format",
                 "--cluster-id", self._cluster_id, "--config", str(self._file(broker, "properties")),
+                *self.format_options(),
             ]  # fmt: skip
             self._formatters.append(
                 self._begin(f"format of broker {broker.node_id}", broker, command)
@@ -312,6 +313,10 @@ class KafkaCluster:
 
     def _file(self, broker: Broker, suffix: str) -> Path:
         return self._run.path / f"{self.name}-{broker.node_id}.{suffix}"
+
+    def format_options(self) -> list[str]:
+        """What the formatter is told on top, like the users of SCRAM."""
+        return []
 
     def properties(self, broker: Broker) -> dict[str, str]:
         """The settings of one broker, by Kafka's names."""

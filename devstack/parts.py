@@ -4,7 +4,7 @@
 where a Docker engine on this machine answers and has the image or can pull it, so that they
 also run against what others run; the stack for people uses local programs, and a container for
 Kafka only where Java or Maven is missing and can't be installed. Whoever asks gets the same
-interface either way.
+interface either way. `DEVSTACK_ZOOKEEPER=1`: Kafka from its jars, by ZooKeeper (before 4.0).
 """
 
 import os
@@ -16,6 +16,7 @@ from devstack.kafka import KafkaCluster
 from devstack.postgres import DEFAULT_CHOICE, PostgresServer
 from devstack.processes import ConfigurationError
 from devstack.state import Run
+from devstack.zookeeper import ZooKeeperKafka
 
 ENGINE_TIMEOUT_S = 2.0
 DEFAULT_SOCKET = "/var/run/docker.sock"
@@ -56,6 +57,8 @@ def new_kafka(
     Raises:
         ConfigurationError: DEVSTACK_CONTAINERS=1 can't be fulfilled.
     """
+    if os.environ.get("DEVSTACK_ZOOKEEPER") == "1":
+        return ZooKeeperKafka(run, name, brokers, settings)
     needed = bool(java.missing()) and not java.can_install()
     if _wants_containers(prefer_containers=prefer_containers or needed):
         from devstack import containers  # noqa: PLC0415 - half a second that most don't need

