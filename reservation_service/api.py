@@ -6,7 +6,7 @@ import gzip
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -62,7 +62,7 @@ class Service:
     terms: Terms
     max_seats_per_request: int
     writes_per_minute: int
-    seat_maps: SeatMaps = field(default_factory=SeatMaps)
+    seat_maps: SeatMaps
 
     @contextmanager
     def writing(self, customer_id: str) -> Iterator[Connection]:
@@ -100,6 +100,7 @@ class Service:
             ),
             max_seats_per_request=settings.max_seats_per_request,
             writes_per_minute=settings.writes_per_minute,
+            seat_maps=SeatMaps(pool),
         )
 
 
@@ -188,8 +189,7 @@ def publish_concert() -> Response:
 def read_seats(performance_id: int) -> Response:
     """Show all seats of a performance."""
     known = request.if_none_match
-    with service().pool.connection() as connection:
-        tag, body = service().seat_maps.show(connection, performance_id, known.contains_weak)
+    tag, body = service().seat_maps.show(performance_id, known.contains_weak)
     if body is None:
         response = Response(status=304)
         response.headers.remove("Content-Type")

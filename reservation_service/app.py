@@ -134,7 +134,7 @@ def _add_observation(app: Flask) -> None:
         metrics.REQUESTS.labels(method, route, str(response.status_code)).inc()
         metrics.REQUEST_SECONDS.labels(method, route).observe(time.monotonic() - g.started_s)
         response.headers.extend(SECURITY_HEADERS)
-        if request.blueprint in {"api", "pages"}:
+        if request.blueprint in {"api", "admin", "pages"}:
             # Seats and reservations change by the second, and belong to one person.
             response.headers.setdefault("Cache-Control", "no-store")
         return response
@@ -161,7 +161,9 @@ def _problem_of(error: Exception) -> Problem:
         return error
     if isinstance(error, HTTPException):
         return _of_http(error)
-    if isinstance(error, psycopg.errors.LockNotAvailable | psycopg.errors.QueryCanceled):
+    if isinstance(error, psycopg.errors.LockNotAvailable | psycopg.errors.QueryCanceled) or (
+        type(error) is TimeoutError  # see shared_looks.py
+    ):
         return problems.unavailable("Too many want the same at once. Please try again.")
     if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError | psycopg.InternalError):
         log.warning("the database failed a request", error=type(error).__name__, path=request.path)

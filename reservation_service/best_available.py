@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from itertools import takewhile
 from typing import NamedTuple
 
+import psycopg
+
 from reservation_service import booking, catalogue, idempotency, problems, sql
 from reservation_service.booking import Order, Terms
 from reservation_service.database import Connection, transaction
@@ -161,15 +163,29 @@ def _best(longest_first: list[Run], size: int) -> list[int]:
 @contextmanager
 def _announced(connection: Connection, seat_ids: list[int]) -> Iterator[set[int]]:
     """Announce that these are about to be booked; yield those that somebody else has announced."""
-    found = connection.execute(sql.ANNOUNCE_SEATS, {"seat_ids": seat_ids})
-    in_other_hands = {seat_id for (seat_id,) in found}
+    with _closed_on_error(connection):
+        found = connection.execute(sql.ANNOUNCE_SEATS, {"seat_ids": seat_ids})
+        in_other_hands = {seat_id for (seat_id,) in found}
     try:
         yield in_other_hands
     finally:
-        # A lost connection has taken its locks along.
         if not connection.closed:
             mine = [seat_id for seat_id in seat_ids if seat_id not in in_other_hands]
-            connection.execute(sql.UNANNOUNCE_SEATS, {"seat_ids": mine})
+            with _closed_on_error(connection):
+                connection.execute(sql.UNANNOUNCE_SEATS, {"seat_ids": mine})
+
+
+@contextmanager
+def _closed_on_error(connection: Connection) -> Iterator[None]:
+    """Close the connection, which takes its locks along, if they can't be told any more.
+
+    Else the next who has it from the pool would keep everybody off these seats.
+    """
+    try:
+        yield
+    except psycopg.Error:
+        connection.close()
+        raise
 
 
 def _refuse(connection: Connection, wanted: Wanted, free: int, key: Key | None) -> Answer:

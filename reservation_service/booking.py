@@ -38,6 +38,8 @@ from reservation_service.idempotency import NO_KEY, Answer, Key
 from reservation_service.problems import Problem
 
 UUID_MAX = UUID(int=2**128 - 1)
+# An extension that is repeated gains as little as this share of a hold: 10 s of 10 minutes.
+AGAIN_SHARE = 1 / 60
 
 
 class Order(NamedTuple):
@@ -155,7 +157,10 @@ def extend(
     *,
     terms: Terms,
 ) -> Reservation:
-    """Let a hold last `terms.hold` from now; as it is when that would gain nothing.
+    """Let a hold last `terms.hold` from now.
+
+    It stays as it is when that would gain nothing, or when it is the same extension once more:
+    the hold was extended before, and would gain less than `AGAIN_SHARE` of a hold.
 
     Raises:
         Problem: 404 none of this customer's; 409 it isn't held (any more).
@@ -165,7 +170,8 @@ def extend(
         _check_held(stored, "extending it")
         hold = stored.reservation
         until = min(stored.now + terms.hold, hold.created_at + terms.hold_max, stored.sale_ends_at)
-        if hold.expires_at is None or until <= hold.expires_at:
+        least = terms.hold * AGAIN_SHARE if hold.version > 1 else timedelta()
+        if hold.expires_at is None or until - hold.expires_at <= least:
             return hold
         extended = msgspec.structs.replace(hold, version=hold.version + 1, expires_at=until)
         values = {
@@ -310,12 +316,12 @@ def _locked(
     With `keep_count` nobody counts this customer's seats meanwhile: a hold that the count took for
     expired must not live on.
     """
+    # A stranger's locks none of what is not his, else he could tell that it is there.
+    wanted = {"reservation_id": reservation_id, "customer_id": customer_id}
     if keep_count:
-        connection.execute(sql.LOCK_CUSTOMER_OF_RESERVATION, {"reservation_id": reservation_id})
-    locked = connection.execute(
-        sql.LOCK_RESERVATION, {"reservation_id": reservation_id, "customer_id": customer_id}
-    )
-    connection.execute(sql.LOCK_SEATS_OF_RESERVATIONS, {"reservation_ids": [reservation_id]})
+        connection.execute(sql.LOCK_CUSTOMER_OF_RESERVATION, wanted)
+    locked = connection.execute(sql.LOCK_RESERVATION, wanted)
+    connection.execute(sql.LOCK_SEATS_OF_RESERVATION, wanted)
     stored = read(connection, [reservation_id])
     if locked.fetchone() is None:
         raise problems.not_found("reservation")

@@ -61,7 +61,9 @@ class Settings(BaseSettings):
     hold_max_seconds: int = Field(1800, alias="RESERVATION_HOLD_MAX_SECONDS", ge=1, le=86_400)
     # Bounded, because an event holds all seats of its reservation and must fit its topic.
     max_seats_per_request: int = Field(10, alias="RESERVATION_MAX_SEATS_PER_REQUEST", ge=1, le=500)
-    max_seats_per_customer: int = Field(0, alias="RESERVATION_MAX_SEATS_PER_CUSTOMER", ge=0)
+    max_seats_per_customer: int = Field(
+        0, alias="RESERVATION_MAX_SEATS_PER_CUSTOMER", ge=0, le=1_000_000
+    )
     writes_per_minute: int = Field(0, alias="RESERVATION_WRITES_PER_MINUTE", ge=0)
     # As OpenTelemetry hands a trace on to a program; an invalid one is not passed on.
     traceparent: str | None = Field(None, alias="TRACEPARENT")

@@ -152,6 +152,7 @@ def hold(performance_id: int) -> AnyResponse:
             raise
         response = _seats_page(performance_id, problem, chosen)
         response.status_code = problem.status
+        response.headers.extend(problem.headers)
         return response
     return redirect(location.removeprefix("/api"), 303)
 

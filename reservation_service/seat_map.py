@@ -8,7 +8,8 @@ Guarantees:
   that is cancelled say, would be "not modified" for somebody who was shown what lay between.)
 
 The tag alone costs one statement that returns a letter a seat. Compressed bodies are kept by their
-tags: a state that many ask for is written once by each worker.
+tags: a state that many ask for is written once by each worker. And those who ask while the seats
+are being looked at share the next look, in which they see whatever was committed before they asked.
 """
 
 import gzip
@@ -16,16 +17,20 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
+from psycopg_pool import ConnectionPool
 
 from reservation_service import catalogue, problems, sql
 from reservation_service.catalogue import SeatsAnswer
 from reservation_service.database import Connection
+from reservation_service.shared_looks import SharedLooks
 
 KEPT_BODIES = 16
 COMPRESSION_LEVEL = 5
+
+Look = TypeVar("Look")
 
 
 class Shown(NamedTuple):
@@ -38,27 +43,35 @@ class Shown(NamedTuple):
 class SeatMaps:
     """The latest bodies of a worker; safe to share between its threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, pool: ConnectionPool[Connection]) -> None:
+        self._pool = pool
         self._bodies: OrderedDict[str, bytes] = OrderedDict()
         self._lock = threading.Lock()
+        self._looks = SharedLooks()
 
-    def show(
-        self, connection: Connection, performance_id: int, is_known: Callable[[str], bool]
-    ) -> Shown:
+    def show(self, performance_id: int, is_known: Callable[[str], bool]) -> Shown:
         """Return what a performance's seats look like now.
 
         Raises:
             Problem: 404.
+            TimeoutError: somebody else's look, which this one was to share, took too long.
         """
-        tag = read_tag(connection, performance_id)
+        tag = self._shared(read_tag, performance_id)
         if is_known(tag):
             return Shown(tag, None)
         with self._lock:
             body = self._bodies.get(tag)
         if body is None:
-            tag, body = read_body(connection, performance_id)
+            tag, body = self._shared(read_body, performance_id)
             self._keep(tag, body)
         return Shown(tag, body)
+
+    def _shared(self, read: Callable[[Connection, int], Look], performance_id: int) -> Look:
+        def look() -> Look:
+            with self._pool.connection() as connection:
+                return read(connection, performance_id)
+
+        return self._looks.share((read, performance_id), look)
 
     def _keep(self, tag: str, body: bytes) -> None:
         with self._lock:

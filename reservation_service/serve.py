@@ -60,8 +60,10 @@ class _Worker(Worker):
         if not enabled and not self.alive:
             self.hurry()
             for listener in self.sockets:
-                while select.select([listener], [], [], 0)[0]:
-                    self.accept(listener)  # who waits already is still served
+                for _ in range(BACKLOG_CONNECTIONS):  # who waits already is still served
+                    if not select.select([listener], [], [], 0)[0]:
+                        break
+                    self.accept(listener)
                 listener.close()
             self.sockets = []
 

@@ -253,7 +253,8 @@ WHERE caller = %(caller)s AND operation = %(operation)s AND key = %(key)s
 LOCK_CUSTOMER_OF_RESERVATION = """
 SELECT pg_advisory_xact_lock(hashtextextended(
     'customer ' || customer_id || ' ' || performance_id::text, 0))
-FROM reservations WHERE reservation_id = %(reservation_id)s
+FROM reservations
+WHERE reservation_id = %(reservation_id)s AND customer_id = %(customer_id)s
 """
 
 # The function is in the migrations, and takes its locks in the order told above.
@@ -298,6 +299,14 @@ LOCK_RESERVATION = """
 SELECT 1 FROM reservations
 WHERE reservation_id = %(reservation_id)s AND customer_id = %(customer_id)s
 FOR UPDATE
+"""
+
+LOCK_SEATS_OF_RESERVATION = """
+SELECT 1 FROM reservations AS o
+JOIN reservation_seats AS r USING (reservation_id) JOIN seats AS s USING (seat_id)
+WHERE o.reservation_id = %(reservation_id)s AND o.customer_id = %(customer_id)s
+ORDER BY s.seat_id
+FOR UPDATE OF s
 """
 
 LOCK_SEATS_OF_RESERVATIONS = """

@@ -240,3 +240,16 @@ def test_seats_that_somebody_is_about_to_book_are_left_to_him_while_there_are_ot
         for _ in range(2):
             assert ask(client, house, 8).status_code == 201
         assert ask(client, house, 2).status_code == 201
+
+
+def test_a_connection_whose_announcements_cannot_be_taken_back_is_closed(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sql, "UNANNOUNCE_SEATS", "SELECT 1 / 0 WHERE %(seat_ids)s IS NOT NULL")
+    wanted = best_available.Wanted("ann", house.performance_id, 2, confirm=False)
+    with house.connect() as connection:
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            best_available.book(connection, wanted, TERMS)
+        assert connection.closed
+    gone = "SELECT 1 WHERE NOT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory')"
+    wait_until(lambda: house.execute(gone), 10, "the announcement to end with its session")

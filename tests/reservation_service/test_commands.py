@@ -12,6 +12,7 @@ import pytest
 from tests.databases import ReservationDatabase
 from tests.reservation_service.house import SECRET_KEY, House
 
+CUSTOMER_SEATS = "RESERVATION_MAX_SEATS_PER_CUSTOMER"
 COMMANDS = ["serve", "migrate", "expire-holds", "seed-demo", "token"]
 TIMEOUT_S = 60
 
@@ -69,6 +70,7 @@ def test_the_version_is_told() -> None:
         (["expire-holds"], {}, "RESERVATION_DATABASE_URL"),
         (["expire-holds"], {"LOG_LEVEL": "loud"}, "LOG_LEVEL"),
         (["serve"], {"RESERVATION_HOLD_SECONDS": "0"}, "RESERVATION_HOLD_SECONDS"),
+        (["serve"], {CUSTOMER_SEATS: "3000000000"}, CUSTOMER_SEATS),
         (["serve"], {"RESERVATION_DATABASE_URL": "hunter2"}, "RESERVATION_DATABASE_URL"),
         (["serve"], {"RESERVATION_SECRET_KEY_FILE": "/nowhere"}, "RESERVATION_SECRET_KEY_FILE"),
     ],

@@ -125,3 +125,30 @@ def test_a_hold_that_ran_out_while_the_call_waited_is_not_revived(house: House) 
             call.result(timeout=10)
     assert caught.value.members == {"status": "expired"}
     house.check()
+
+
+def test_an_extension_that_is_sent_again_changes_nothing(house: House, client: FlaskClient) -> None:
+    made = hold(house, client)
+    first = extend(client, made["reservation_id"])
+    again = extend(client, made["reservation_id"])
+    assert (again.status_code, again.json) == (200, first.json)
+    assert len(house.events()) == 2
+    age(house, 1)
+    later = extend(client, made["reservation_id"]).json
+    assert (later["version"], later["expires_at"] > first.json["expires_at"]) == (3, True)
+    house.check()
+
+
+def test_a_stranger_who_knows_the_id_waits_for_no_lock_of_it(
+    house: House, client: FlaskClient
+) -> None:
+    made = hold(house, client)
+    with psycopg.connect(house.database.owner_url) as owner:
+        owner.execute("SELECT FROM seats WHERE reservation_id IS NOT NULL FOR UPDATE")
+        owner.execute(
+            "SELECT pg_advisory_xact_lock(hashtextextended('customer ann ' || performance_id, 0)) "
+            "FROM reservations"
+        )
+        for action in ("extend", "confirm", "cancel"):
+            path = f"/api/reservations/{made['reservation_id']}/{action}"
+            assert client.post(path, headers=bearer("eve")).status_code == 404

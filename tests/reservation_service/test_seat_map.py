@@ -143,3 +143,14 @@ def test_the_tag_of_a_hall_reads_that_hall_alone_however_many_there_are(house: H
     plan = house.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}")
     top = plan[0]["QUERY PLAN"][0]["Plan"]
     assert top["Shared Hit Blocks"] + top["Shared Read Blocks"] < 30
+
+
+def test_a_look_that_takes_too_long_is_503_and_says_when_to_ask_again(
+    house: House, client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_slow(*_: object) -> str:
+        raise TimeoutError
+
+    monkeypatch.setattr(seat_map, "read_tag", too_slow)
+    answer = seats(house, client)
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
