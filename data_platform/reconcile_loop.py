@@ -29,21 +29,7 @@ def run(compare: Callable[[], Report], interval_s: float, host: str, port: int) 
     Raises:
         ConfigurationError: the port can't be had.
     """
-    registry = CollectorRegistry()
-    names = (
-        "differences",
-        "unexamined",
-        "in_flight",
-        "last_run_timestamp_seconds",
-        "duration_seconds",
-    )
-    gauges = {
-        name: Gauge(f"data_platform_reconcile_{name}", "Of the last comparison", registry=registry)
-        for name in names
-    }
-    failures = Counter(
-        "data_platform_reconcile_failures", "Comparisons that failed", registry=registry
-    )
+    registry, gauges, failures = make_metrics()
     if port:
         try:
             start_http_server(port, host, registry)
@@ -70,6 +56,26 @@ def run(compare: Callable[[], Report], interval_s: float, host: str, port: int) 
             gauges["last_run_timestamp_seconds"].set(time.time())
         at = max(at + interval_s, time.monotonic())
         time.sleep(max(0.0, at - time.monotonic()))
+
+
+def make_metrics() -> tuple[CollectorRegistry, dict[str, Gauge], Counter]:
+    """Return the registry, what was found last by name, and how many comparisons failed."""
+    registry = CollectorRegistry()
+    said = {
+        "differences": "Differences that the last comparison found; to be 0.",
+        "unexamined": "Reservations that it left out, there were so many differences; to be 0.",
+        "in_flight": "Reservations that were on their way.",
+        "last_run_timestamp_seconds": "When it ended.",
+        "duration_seconds": "How long it took.",
+    }
+    gauges = {
+        name: Gauge(f"data_platform_reconcile_{name}", text, registry=registry)
+        for name, text in said.items()
+    }
+    failures = Counter(
+        "data_platform_reconcile_failures", "Comparisons that failed.", registry=registry
+    )
+    return registry, gauges, failures
 
 
 def _tell(report: Report) -> None:
