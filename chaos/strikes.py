@@ -9,6 +9,7 @@ import json
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ AWAY_S = 0.2
 AT_ONCE = (0.0, 0.0)
 LATE_COMMIT_S = (0.3, 2.5)
 AGAIN_RECORDS = 50
-SHORT_CUT_S = 0.15
+SLOW_S, SHORT_CUT_S = 1.0, 0.1
 CLOCK_STEPS = ("+3600", "-1800", "+120")
 FAKETIME = "faketime/libfaketime.so.1"
 # What nobody can load: key and value.
@@ -63,6 +64,13 @@ class Scene:
         return chance.choice(self.product.size.names(kind))
 
 
+Database = Literal["reservations", "analytics"]
+OWNERS: Mapping[Database, str] = {
+    "reservations": "RESERVATION_OWNER_DATABASE_URL",
+    "analytics": "ANALYTICS_OWNER_DATABASE_URL",
+}
+LEADER = "SELECT leader FROM outbox_relay_cursor ORDER BY leader_epoch DESC LIMIT 1"
+LEADS_FOR_S = 0.6
 Strike = Callable[[Scene, random.Random], AbstractContextManager[str]]
 
 
@@ -171,7 +179,28 @@ def _frozen(name: str) -> Strike:
 for program in ("service", "relay", "worker"):
     kind(f"{program} killed", program, AT_ONCE)(_killed(program))
     kind(f"{program} frozen", program, (1, 14))(_frozen(program))
-kind("relays killed often", "relay", (6, 10))(_killed_often("relay", 1.2))
+
+
+@kind("leading relay killed often", "relay", (6, 12))
+@contextmanager
+def _leader_killed_often(scene: Scene, _chance: random.Random) -> Iterator[str]:
+    """As soon as another one leads, that one."""
+    parts = [scene.product.part(name) for name in scene.product.size.names("relay")]
+
+    def kill() -> None:
+        with scene.product.connected(OWNERS["reservations"]) as connection:
+            found = connection.execute(LEADER).fetchone()
+        leader = str(found[0]) if found else ""
+        for part in parts:
+            if part.alive and leader.endswith(f":{part.pid}"):
+                wait.wait(LEADS_FOR_S)
+                part.kill()
+
+    wait = threading.Event()
+    with repeated(kill, 0.1):
+        yield "whichever leads"
+
+
 kind("workers killed often", "worker", (6, 10))(_killed_often("worker", 1.0))
 
 
@@ -277,11 +306,6 @@ def _two_down(scene: Scene, chance: random.Random) -> Iterator[str]:
 
 # ---- Postgres
 
-Database = Literal["reservations", "analytics"]
-OWNERS: Mapping[Database, str] = {
-    "reservations": "RESERVATION_OWNER_DATABASE_URL",
-    "analytics": "ANALYTICS_OWNER_DATABASE_URL",
-}
 ROLES = {"reservations": ("reservation_service", "outbox_relay"), "analytics": ("data_platform",)}
 SIGNAL_BACKENDS = {
     "end": """
@@ -413,22 +437,17 @@ def _tables_locked(scene: Scene, _chance: random.Random) -> Iterator[str]:
 def _killed_amid_rollbacks(scene: Scene, chance: random.Random) -> Iterator[str]:
     """A crash hands the ids out again that it forgot: a cursor that knows them hides new rows."""
     owner = scene.product.environment[OWNERS["reservations"]]
-    held: list[psycopg.Connection] = []
 
-    def burn() -> None:
-        if not held or held[0].closed:
-            held[:] = [psycopg.connect(owner, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S)]
-        held[0].execute(BURN_IDS)
+    def burn_and_crash() -> None:
+        with psycopg.connect(owner, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S) as burner:
+            until_s = time.monotonic() + chance.uniform(0.5, 1.0)
+            while time.monotonic() < until_s:
+                burner.execute(BURN_IDS)
+            scene.product.part("reservations").kill()
 
-    def crash() -> None:
-        wait.wait(chance.uniform(0.7, 1.5))
-        scene.product.part("reservations").kill()
-
-    wait = threading.Event()
-    with repeated(burn, 0.001), repeated(crash, 1.0):
+    # In between the ids that it hands out again are those of bookings.
+    with repeated(burn_and_crash, 5.0):
         yield "reservations"
-    for connection in held:
-        connection.close()
 
 
 @kind("rows committed late", "data", (4, 8))
@@ -490,20 +509,27 @@ for start, end, area, between in (
 
 
 def _flickering(start: str, end: str) -> Strike:
-    """Cut the ways of all for a moment, again and again: answers get lost, sessions don't."""
+    """Cut the ways of all for a moment, again and again.
+
+    They are slow before, so that there are answers on their way to be lost.
+    """
 
     @contextmanager
     def strike(scene: Scene, _chance: random.Random) -> Iterator[str]:
         names = ["clients"] if start == "clients" else scene.product.size.names(start)
         wait = threading.Event()
 
-        def flicker() -> None:
-            with ExitStack() as cut:
+        def be(how: How, for_s: float) -> None:
+            with ExitStack() as broken:
                 for name in names:
-                    cut.enter_context(scene.product.ways.broken(name, end, "cut"))
-                wait.wait(SHORT_CUT_S)
+                    broken.enter_context(scene.product.ways.broken(name, end, how))
+                wait.wait(for_s)
 
-        with repeated(flicker, 0.4):
+        def flicker() -> None:
+            be("slow", SLOW_S)
+            be("cut", SHORT_CUT_S)
+
+        with repeated(flicker, 0.0):
             yield f"{start} to {end}"
 
     return strike

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Self
 
-from devstack.processes import DevstackError, Running
+from devstack.processes import DevstackError, Process, Running
 
 TICK_S = 0.05
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 3.0
@@ -51,6 +51,12 @@ class Part:
         """Whether it runs; a frozen one does."""
         with self._lock:
             return self._running().alive
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id, where it is a program of this machine."""
+        running = self._running()
+        return running.pid if isinstance(running, Process) else None
 
     def look_after(self) -> None:
         """Start it when it has ended, and its pause is over."""

@@ -19,7 +19,7 @@ from devstack.__main__ import INTERRUPTED, ending_well
 from devstack.steps import Steps
 
 SMALL = Size(brokers=1, services=2, relays=2, workers=2, small_disks=False)
-LOAD = whole.Load(threads=8, rate=30)
+LOAD = whole.Load(threads=8, rate=40)
 FIRST_S, PAUSE_S, AFTER_S = 2.0, 1.5, 1.0
 HEAL_TIMEOUT_S = 30.0
 # A batch has few events here: more of them are more seams to strike at.
@@ -47,29 +47,33 @@ def trial(
 
 @click.command()
 @click.argument("faults", nargs=-1, required=True)
-@click.option("--seconds", type=click.FloatRange(0.1), default=8, show_default=True)
 @click.option("--delivery", default="exactly_once", show_default=True)
 @click.option("--report", type=click.Path(path_type=Path), help="a file for the JSON")
 @click.option("--logs", type=click.Path(path_type=Path), help="a folder for the parts' logs")
 def main(
     *,
     faults: tuple[str, ...],
-    seconds: float,
     delivery: str,
     report: Path | None,
     logs: Path | None,
 ) -> None:
-    """Strike with these kinds of FAULTS."""
-    if unknown := set(faults) - KINDS.keys():
-        raise click.UsageError(f"no such fault: {', '.join(unknown)}; there are {sorted(KINDS)}")
+    """Strike with these FAULTS, each like `relay killed=4` (seconds)."""
+    wanted = [_fault(text) for text in faults]
     with ending_well(INTERRUPTED), Steps() as steps:
-        outcome = trial([(name, seconds) for name in faults], steps, delivery=delivery, logs=logs)
+        outcome = trial(wanted, steps, delivery=delivery, logs=logs)
     text = json.dumps({**asdict(outcome), "good": outcome.good}, indent=1)
     if report is None:
         click.echo(text)
     else:
         report.write_text(text + "\n", encoding="utf-8")
     sys.exit(0 if outcome.good else 1)
+
+
+def _fault(text: str) -> tuple[str, float]:
+    name, _, seconds = text.rpartition("=")
+    if name not in KINDS:
+        raise click.UsageError(f"no such fault: {text}; there are {', '.join(sorted(KINDS))}")
+    return name, float(seconds)
 
 
 if __name__ == "__main__":
