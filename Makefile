@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo up stack test compose-test systemd-test check lint format lock contracts variables wheel bench chaos chaos-mutants screenshots clean
+.PHONY: help install demo up stack test compose-test systemd-test compatibility check lint format lock contracts variables wheel bench chaos chaos-mutants screenshots clean
 
 PYTHON ?= python3
 BROKERS ?= 1
@@ -56,6 +56,9 @@ chaos-mutants: $(INSTALLED) ## does that audit find bugs? ten deliberate ones, e
 
 systemd-test: $(INSTALLED) ## install on a real systemd; kill, freeze, starve, upgrade, reboot (root; SYSTEMD_BOX= boots it)
 	@DEVSTACK_PARENT=$$PPID exec $(RUN) tests.systemd
+
+compatibility: $(INSTALLED) ## the product on PostgreSQL 15, 16, 18 and Kafka 4.3, 3.9, 3.9 with ZooKeeper
+	@DEVSTACK_PARENT=$$PPID exec $(RUN) tests.compatibility
 
 check: $(INSTALLED) ## the quick tests and lint, in under a minute, without any server
 	@$(RUN) ruff check --quiet . && $(RUN) ruff format --quiet --check . && exec $(RUN) pytest -q -m "not needs_postgres and not needs_kafka"
