@@ -18,6 +18,8 @@ from tests.compatibility.secure import (
 )
 from tests.require import require
 
+pytestmark = [pytest.mark.needs_postgres, pytest.mark.needs_kafka]
+
 COMMAND_TIMEOUT_S = 60.0
 OTHER_PASSWORD = "another-password-than-the-right-one"
 
