@@ -71,11 +71,14 @@ class Metrics:
             COMMIT_TO_ACK_BUCKETS_S,
         )
         self._progressed_at_s: dict[str, float] = {}
+        self._leads = False
         self._lock = threading.Lock()
 
     def leading(self, leads: bool) -> None:  # noqa: FBT001 - a state, named by the method
         """Note whether this process leads; who doesn't knows nothing of the lag."""
         self._leader.set(leads)
+        with self._lock:
+            self._leads = leads
         if not leads:
             for of_the_leader in (self._lag_rows, self._oldest_age_s, self._quarantined):
                 of_the_leader.clear()
@@ -110,12 +113,17 @@ class Metrics:
         self._default_filled.set(default_filled)
 
     def partitions(self, told: Mapping[str, tuple[int, int]] | None) -> None:
-        """Note by topic how many partitions lack a replica, a leader; None: nobody knows."""
-        self._under_replicated.clear()
-        self._leaderless.clear()
-        for topic, (under_replicated, leaderless) in (told or {}).items():
-            self._under_replicated.labels(topic).set(under_replicated)
-            self._leaderless.labels(topic).set(leaderless)
+        """Note by topic how many partitions lack a replica, a leader; None: nobody knows.
+
+        What comes late, from a term that is over, is not told: nobody would take it back.
+        """
+        with self._lock:
+            self._under_replicated.clear()
+            self._leaderless.clear()
+            known = told if told is not None and self._leads else {}
+            for topic, (under_replicated, leaderless) in known.items():
+                self._under_replicated.labels(topic).set(under_replicated)
+                self._leaderless.labels(topic).set(leaderless)
 
     def progressed(self, lane: str) -> None:
         """Note that a lane has come round; the first time makes it count for `healthy`."""

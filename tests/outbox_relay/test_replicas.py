@@ -24,6 +24,7 @@ def test_a_killed_broker_shows_as_under_replicated_partitions_and_nothing_does_b
         name = f"outbox_relay_{what}_partitions"
         return metrics.registry.get_sample_value(name, {"topic": "kept-thrice"})
 
+    metrics.leading(True)
     replicas = Replicas(settings, metrics)
     replicas.start()
     wait_until(lambda: told("under_replicated") == 0, 20, "all replicas in sync")
@@ -32,4 +33,6 @@ def test_a_killed_broker_shows_as_under_replicated_partitions_and_nothing_does_b
     assert told("leaderless") == 0
     metrics.leading(False)
     assert told("under_replicated") is None
+    metrics.partitions({"kept-thrice": (3, 0)})
+    assert told("under_replicated") is None, "an answer that came after the term"
     replicas.stop()
