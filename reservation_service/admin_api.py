@@ -54,7 +54,7 @@ class CancelledPerformance(msgspec.Struct, frozen=True):
 @blueprint.before_request
 def only_the_admin() -> None:
     """Let nobody else in."""
-    callers.require_admin(request, session.get("guest_id"), service().secrets)
+    callers.require_admin(request, session, service().secrets)
 
 
 @blueprint.patch(f"/concerts/<int(max={ID_MAX}):concert_id>")

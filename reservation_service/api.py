@@ -178,7 +178,7 @@ def read_concert(concert_id: int) -> Response:
 def publish_concert() -> Response:
     """Publish a concert with its performances and seats (admin)."""
     request.max_content_length = CONCERT_BODY_MAX_BYTES
-    callers.require_admin(request, session.get("guest_id"), service().secrets)
+    callers.require_admin(request, session, service().secrets)
     concert = body_of(NewConcert)
     key = _idempotency_key("admin", "publish-concert", concert)
     with service().pool.connection() as connection:
@@ -305,7 +305,7 @@ def _change(
 
 
 def _customer() -> str:
-    return callers.require_customer(request, session.get("guest_id"), service().secrets)
+    return callers.require_customer(request, session, service().secrets)
 
 
 def traceparent() -> str | None:

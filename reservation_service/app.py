@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import psycopg
 import structlog
 from flask import Flask, Response, g, make_response, render_template, request
-from flask.sessions import SecureCookieSessionInterface
+from flask.sessions import SecureCookieSessionInterface, SessionMixin
 from psycopg_pool import ConnectionPool
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import IntegerConverter
@@ -43,6 +43,11 @@ class _Id(IntegerConverter):
 
 class _GuestCookie(SecureCookieSessionInterface):
     """Marks the cookie Secure, except on a loopback address, where there is no TLS."""
+
+    def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
+        # Who comes with a token has no cookie, nor does his answer depend on one.
+        if session.accessed:
+            super().save_session(app, session, response)
 
     def get_cookie_secure(self, app: Flask) -> bool:  # noqa: ARG002 - Flask's signature
         try:

@@ -7,6 +7,8 @@ algorithm has keys of its own: a token can't choose which key is used with which
 import hmac
 import re
 import time
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import jwt
@@ -17,6 +19,8 @@ from reservation_service.problems import Problem, unauthenticated
 
 AUDIENCE = "reservation-service"
 CUSTOMER_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# Of a worker; of 8 kB at most each, for that is how long a header may be.
+TOKENS_KEPT = 2_048
 BEARER = re.compile(r"bearer +(.+)", re.IGNORECASE | re.ASCII)
 
 
@@ -26,6 +30,13 @@ class Secrets(NamedTuple):
     secret_key: str
     admin_token: str | None
     keys: KeySet | None = None
+
+
+class Read(NamedTuple):
+    """What a valid token says; `expires_at` in seconds since 1970."""
+
+    customer_id: str
+    expires_at: float
 
 
 def make_token(customer_id: str, secret_key: str, ttl_s: int) -> str:
@@ -40,7 +51,7 @@ def make_token(customer_id: str, secret_key: str, ttl_s: int) -> str:
     return jwt.encode(claims, secret_key, algorithm="HS256")
 
 
-def require_customer(request: Request, guest_id: str | None, secrets: Secrets) -> str:
+def require_customer(request: Request, cookie: Mapping[str, str], secrets: Secrets) -> str:
     """Return the calling customer's id. A header, where there is one, decides alone.
 
     Raises:
@@ -52,14 +63,15 @@ def require_customer(request: Request, guest_id: str | None, secrets: Secrets) -
         if _is_admin(token, secrets):
             raise Problem(403, "forbidden", "The admin is no customer.")
         return _customer_of(token, secrets)
-    if guest_id is None or not CUSTOMER_ID.fullmatch(guest_id):
+    guest_id = cookie.get("guest_id", "")
+    if not CUSTOMER_ID.fullmatch(guest_id):
         raise unauthenticated("This needs a token: Authorization: Bearer …")
     if request.method not in {"GET", "HEAD"} and not _same_origin(request):
         raise Problem(403, "forbidden", "The cookie counts only on the service's own pages.")
     return guest_id
 
 
-def require_admin(request: Request, guest_id: str | None, secrets: Secrets) -> None:
+def require_admin(request: Request, cookie: Mapping[str, str], secrets: Secrets) -> None:
     """Let only the admin pass.
 
     Raises:
@@ -70,7 +82,7 @@ def require_admin(request: Request, guest_id: str | None, secrets: Secrets) -> N
         if _is_admin(token, secrets):
             return
         _customer_of(token, secrets)
-    elif guest_id is None:
+    elif "guest_id" not in cookie:
         raise unauthenticated("This needs the admin's token: Authorization: Bearer …")
     raise Problem(403, "forbidden", "Only the admin may do this.")
 
@@ -89,39 +101,57 @@ def _is_admin(token: str, secrets: Secrets) -> bool:
 
 def _customer_of(token: str, secrets: Secrets) -> str:
     try:
-        algorithm, key = _key_of(token, secrets)
-        claims = jwt.decode(
-            token,
-            key,
-            algorithms=[algorithm],
-            audience=AUDIENCE,
-            options={"require": ["exp", "sub", "aud"], "enforce_minimum_key_length": True},
-        )
+        read = _read_own(token, secrets.secret_key) or _read_foreign(token, secrets.keys)
     except (jwt.PyJWTError, ValueError):
         # Which check failed is of use only to somebody who forges.
         raise unauthenticated("The token is not valid.") from None
-    customer_id = claims["sub"]
-    # PyJWT takes a text for a number.
-    if type(claims["exp"]) not in {int, float} or not CUSTOMER_ID.fullmatch(customer_id):
+    if read.expires_at <= time.time():  # since it was read
         raise unauthenticated("The token is not valid.")
-    return str(customer_id)
+    return read.customer_id
 
 
-def _key_of(token: str, secrets: Secrets) -> tuple[str, str | jwt.PyJWK]:
-    """Return the algorithm and the key that belong together; the token only says which pair.
+@lru_cache(TOKENS_KEPT)
+def _read_own(token: str, secret_key: str) -> Read | None:
+    """Read a token of our secret; None: it says that it is signed otherwise.
+
+    Kept, because reading it takes as long as the rest of a booking outside the database. A bad one
+    isn't: it is an error. Nor is what a key set has signed: its keys change.
 
     Raises:
-        jwt.InvalidTokenError: there is no such pair.
+        jwt.PyJWTError, ValueError: it isn't valid.
+    """
+    if jwt.get_unverified_header(token).get("alg") != "HS256":
+        return None
+    return _read(token, "HS256", secret_key)
+
+
+def _read_foreign(token: str, keys: KeySet | None) -> Read:
+    """Read a token of the key set. Algorithm and key belong together; it only says which pair.
+
+    Raises:
+        jwt.PyJWTError, ValueError: it isn't valid, or there is no such pair.
     """
     header = jwt.get_unverified_header(token)
     algorithm: str = header.get("alg", "")
-    if algorithm == "HS256":
-        return algorithm, secrets.secret_key
-    if secrets.keys and algorithm in ALGORITHMS.values():
-        key = secrets.keys.find(header.get("kid"), algorithm)
-        if key:
-            return algorithm, key
-    raise jwt.InvalidTokenError
+    key = keys and algorithm in ALGORITHMS.values() and keys.find(header.get("kid"), algorithm)
+    if not key:
+        raise jwt.InvalidTokenError
+    return _read(token, algorithm, key)
+
+
+def _read(token: str, algorithm: str, key: str | jwt.PyJWK) -> Read:
+    claims = jwt.decode(
+        token,
+        key,
+        algorithms=[algorithm],
+        audience=AUDIENCE,
+        options={"require": ["exp", "sub", "aud"], "enforce_minimum_key_length": True},
+    )
+    customer_id, expires_at = claims["sub"], claims["exp"]
+    # PyJWT takes a text for a number.
+    if type(expires_at) not in {int, float} or not CUSTOMER_ID.fullmatch(customer_id):
+        raise jwt.InvalidTokenError
+    return Read(str(customer_id), expires_at)
 
 
 def _same_origin(request: Request) -> bool:

@@ -16,8 +16,10 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from flask.testing import FlaskClient
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
+from reservation_service.callers import make_token
 from tests.reservation_service.conftest import Serve, Served
 from tests.reservation_service.house import ADMIN_TOKEN, SECRET_KEY, House, bearer, concert
 from tests.reservation_service.test_api import claims, problem
@@ -388,3 +390,13 @@ def test_nobody_guesses_the_admin_s_token_from_the_answer(client: Any) -> None:
         headers = {"Authorization": f"Bearer {token}".encode().decode("latin-1")}
         answer = client.post("/api/concerts", json=concert(), headers=headers)
         problem(answer, 401, "unauthenticated")
+
+
+def test_a_token_that_was_good_is_not_when_its_time_is_over(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    headers = {"Authorization": f"Bearer {make_token('ann', SECRET_KEY, 60)}"}
+    assert client.get("/api/reservations", headers=headers).status_code == 200
+    now_s = time.time()
+    monkeypatch.setattr(time, "time", lambda: now_s + 61)
+    assert client.get("/api/reservations", headers=headers).status_code == 401
