@@ -11,6 +11,7 @@ from benchmarks import charts, report
 from benchmarks.results import Results, load
 from devstack.state import REPOSITORY
 
+README = REPOSITORY / "README.md"
 DOCUMENT = REPOSITORY / "docs" / "benchmarks.md"
 PUBLISHED = REPOSITORY / "benchmarks" / "results" / "published.json"
 CHARTS = REPOSITORY / "docs" / "charts"
@@ -47,6 +48,8 @@ def _publish(run: dict[str, Any]) -> None:
     charts.draw(results, CHARTS)
     text = DOCUMENT.read_text("utf-8")
     DOCUMENT.write_text(with_figures(text, figures(results)), encoding="utf-8")
+    text = README.read_text("utf-8")
+    README.write_text(with_figures(text, report.old_and_new(results.figures)), encoding="utf-8")
 
 
 def figures(results: Results) -> str:

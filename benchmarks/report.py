@@ -11,7 +11,7 @@ from rich.table import Table
 from benchmarks import booking, growth, loader, onsale, outage
 from benchmarks.goals import goals
 from benchmarks.latency import QUANTILES
-from benchmarks.results import Figure, Results, wrong
+from benchmarks.results import Figure, Results, find, wrong
 
 FAILED = "failed"
 YES_NO = {True: "yes", False: "no", None: "not measured"}
@@ -310,6 +310,32 @@ def _ways(figures: Sequence[Figure]) -> Sheet:
         name=lambda figure: f"{figure.get('platform', '')}: {figure['contender']}",
         columns=columns,
     )
+
+
+def old_and_new(figures: Sequence[Figure]) -> str:
+    """Return, as Markdown for the README, what each way makes of a platform in trouble."""
+    measured = [figure for figure in figures if figure["section"] == "ways"]
+    names = {
+        outage.OURS: "outbox",
+        outage.INSIDE: "call, then commit",
+        outage.AFTER: "commit, then call",
+    }
+    lines = [["data platform", *names.values()], ["-"] * (len(names) + 1)]
+    for state in outage.STATES:
+        found = [find(measured, contender=name, platform=state) for name in names]
+        lines.append([state, *(_told(figure) if figure else "-" for figure in found)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _told(figure: Figure) -> str:
+    """Say what customers wait for, and what goes wrong for how many of them."""
+    wrongs = {
+        "bookings fail": figure["failed"],
+        "events lost": figure["lost_events"],
+        "events of no booking": figure["invented_events"],
+    }
+    told = [f"**{count:,} {what}**" for what, count in wrongs.items() if count]
+    return ", ".join([f"p99 {figure['p99_ms']:,.0f} ms", *told])
 
 
 def _kafka(figures: Sequence[Figure]) -> Sheet:

@@ -173,3 +173,13 @@ def test_of_several_runs_each_section_is_published_whole_from_the_last_that_has_
         "settings": {"date": "1"},
         "figures": [*drain, again],
     }
+
+
+def test_the_documents_show_the_published_figures_and_nothing_typed_in() -> None:
+    results = load(publish.PUBLISHED)
+    for document, told in (
+        (publish.README, report.old_and_new(results.figures)),
+        (publish.DOCUMENT, publish.figures(results)),
+    ):
+        text = document.read_text("utf-8")
+        assert text == publish.with_figures(text, told), document.name
