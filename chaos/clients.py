@@ -104,7 +104,6 @@ class Clients:
                 self._ledger,
                 token=self._token(f"client-{number}"),
                 chance=chance,
-                number=number,
             )
             while not self._stop.is_set():
                 hot = chance.random() < HOT
@@ -137,17 +136,17 @@ class _Client:
         *,
         token: str,
         chance: random.Random,
-        number: int,
     ) -> None:
         self._http = http
         self._services = services
         self._ledger = ledger
         self._token = token
         self._chance = chance
-        self._at = number
+        self._at = 0
 
     def behave(self, steps: Sequence[str], performance_id: int, seats: Sequence[int]) -> None:
-        """Reserve, then do what the further steps say."""
+        """Reserve, then do what the further steps say; begin at any service, as it may be well."""
+        self._at = self._chance.randrange(len(self._services))
         confirm = steps[0] == "book"
         if self._chance.random() < BEST_AVAILABLE:
             path = f"/api/performances/{performance_id}/best-available"
