@@ -6,13 +6,17 @@ as long as they last.
 """
 
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 from uuid import UUID
@@ -36,8 +40,10 @@ AT_ONCE = (0.0, 0.0)
 LATE_COMMIT_S = (0.3, 2.5)
 AGAIN_RECORDS = 50
 SLOW_S, SHORT_CUT_S = 1.0, 0.1
-CLOCK_STEPS = ("+3600", "-1800", "+120")
-FAKETIME = "faketime/libfaketime.so.1"
+CLOCKS = ("+3600", "-1800", "+120")
+PROBE_TIMEOUT_S = 5.0
+# Version 0.9.10 lets no thread of Python wait whose clock it has set.
+WAITS = "import threading, time; threading.Event().wait(0.01); print(time.time())"
 # What nobody can load: key and value.
 POISONS: tuple[tuple[bytes | None, bytes | None], ...] = (
     (b"poison", b"{"),
@@ -231,35 +237,44 @@ def _relays_upgraded(scene: Scene, chance: random.Random) -> Iterator[str]:
         part.kill(signal.SIGTERM)
 
 
-def _faketime() -> Path | None:
-    return next(iter(Path("/usr/lib").glob(f"*/{FAKETIME}")), None)
+def _faketime(offset: str) -> dict[str, str]:
+    """The variables that set a program's clock wrong; empty where libfaketime is missing."""
+    found = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
+    # The times of files stay right: gunicorn tells by them whether a worker lives.
+    return {"LD_PRELOAD": str(found), "FAKETIME": offset, "NO_FAKE_STAT": "1"} if found else {}
 
 
-def _without_faketime(_product: Product) -> str:
-    return "" if _faketime() else "the package libfaketime is missing"
+@cache
+def _without_faketime() -> str:
+    fake = _faketime("+3600")
+    if not fake:
+        return "the package libfaketime is missing"
+    try:
+        told = subprocess.run(
+            [sys.executable, "-c", WAITS],
+            env=os.environ | fake,
+            check=True,
+            capture_output=True,
+            timeout=PROBE_TIMEOUT_S,
+        ).stdout
+    except subprocess.TimeoutExpired:
+        return "this libfaketime lets no thread of Python wait"
+    return "" if float(told) > time.time() + 3_000 else "this libfaketime sets no clock"
 
 
-def _clock_set(name: str) -> Strike:
+def _clock_wrong(name: str) -> Strike:
+    """Start it again with a clock that is wrong, and then with the right one.
+
+    libfaketime can't set a clock under way: it fakes the monotonic one, too, or lets nobody sleep.
+    """
+
     @contextmanager
     def strike(scene: Scene, chance: random.Random) -> Iterator[str]:
-        target = scene.alone(name, chance)
-        part, file = scene.product.part(target), scene.product.run.path / f"{target}.clock"
-        file.write_text("+0\n", encoding="ascii")
-        fake = {
-            "LD_PRELOAD": str(_faketime()),
-            "FAKETIME_TIMESTAMP_FILE": str(file),
-            "FAKETIME_CACHE_DURATION": "1",
-            # What a clock that is set does not change.
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            "NO_FAKE_STAT": "1",
-        }
+        target, offset = scene.alone(name, chance), chance.choice(CLOCKS)
+        part, fake = scene.product.part(target), _faketime(offset)
         part.environment |= fake
         part.kill(signal.SIGTERM)
-        steps = [*CLOCK_STEPS]
-        chance.shuffle(steps)
-        following = iter(steps * 10)
-        with repeated(lambda: _write(file, next(following)), 2.5):
-            yield target
+        yield f"{target} {offset} s"
         for variable in fake:
             del part.environment[variable]
         part.kill(signal.SIGTERM)
@@ -267,12 +282,10 @@ def _clock_set(name: str) -> Strike:
     return strike
 
 
-def _write(file: Path, text: str) -> None:
-    file.write_text(f"{text}\n", encoding="ascii")
-
-
 for program in ("service", "relay", "worker"):
-    kind(f"clock of a {program} set", program, (7, 10), _without_faketime)(_clock_set(program))
+    kind(f"clock of a {program} wrong", program, (5, 10), lambda _: _without_faketime())(
+        _clock_wrong(program)
+    )
 
 
 # ---- brokers
