@@ -92,7 +92,6 @@ def _timeline(outcome: Outcome) -> pygal.Graph:
         style=_style(FAULT_COLOR),
         show_legend=False,
         dots_size=2,
-        stroke_style={"width": 7},
         xrange=(0, outcome.seconds),
         range=(0, len(kinds) + 1),
         **_OFFLINE,
@@ -102,7 +101,7 @@ def _timeline(outcome: Outcome) -> pygal.Graph:
     for line, name in enumerate(kinds, start=1):
         for struck in by_kind[name]:
             points += [(struck.began_s, line), (struck.ended_s, line), None]
-    chart.add("", points, allow_interruptions=True)
+    chart.add("", points, allow_interruptions=True, stroke_style={"width": 6})
     return chart
 
 

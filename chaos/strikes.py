@@ -250,7 +250,7 @@ def _without_faketime() -> str:
     if not fake:
         return "the package libfaketime is missing"
     try:
-        told = subprocess.run(
+        told = subprocess.run(  # noqa: S603 - our own words
             [sys.executable, "-c", WAITS],
             env=os.environ | fake,
             check=True,
