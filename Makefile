@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo up stack test compose-test systemd-test compatibility check lint format lock contracts variables wheel bench chaos chaos-mutants screenshots clean
+.PHONY: help install demo up stack test compose-test systemd-test compatibility check lint format lock contracts variables model wheel bench chaos chaos-mutants screenshots clean
 
 PYTHON ?= python3
 BROKERS ?= 1
@@ -82,6 +82,9 @@ contracts: $(INSTALLED) ## generate contracts/asyncapi.yaml and contracts/analyt
 
 variables: $(INSTALLED) ## write the table of variables in docs/operations.md again
 	@exec $(RUN) tests.repository.variables
+
+model: $(INSTALLED) ## search the models of docs/model through: relay, loader, and the wrong ways
+	@exec $(RUN) docs.model
 
 wheel: $(INSTALLED) ## build the wheel into dist/
 	@$(RUN) pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
