@@ -106,9 +106,7 @@ class Topics:
         return Topic(
             str(description.topic_id),
             {
-                number: Span(
-                    _answer(first[number], topic).offset, _answer(end[number], topic).offset
-                )
+                number: Span(offset_in(first[number], topic), offset_in(end[number], topic))
                 for number in sorted(numbers)
             },
         )
@@ -127,6 +125,18 @@ class Topics:
 def topic_id_in(description: "Future[Any]", topic: str) -> str:
     """Wait for what `Topics.describe` asked for; raises as `Topics.topic_id`."""
     return str(_answer(description, topic).topic_id)
+
+
+def offset_in(asked: "Future[Any]", topic: str) -> int:
+    """Wait for an offset; raises as `Topics.topic_id`.
+
+    Of a partition that just has no leader librdkafka may tell -1001, and no error: taken for its
+    end, that would be a topic that was truncated.
+    """
+    offset = int(_answer(asked, topic).offset)
+    if offset < 0:
+        raise KafkaTroubleError(f"Kafka tells no offset of topic {topic}")
+    return offset
 
 
 def _answer(future: "Future[Any]", topic: str) -> Any:

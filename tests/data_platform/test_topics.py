@@ -1,9 +1,14 @@
 """What Kafka tells of a topic, while its brokers come and go."""
 
-from confluent_kafka import KafkaException
+from concurrent.futures import Future
+from typing import Any
 
-from data_platform.errors import KafkaTroubleError
-from data_platform.topics import Topics
+import pytest
+from confluent_kafka import OFFSET_INVALID, KafkaException
+from confluent_kafka.admin import ListOffsetsResultInfo  # type: ignore[attr-defined]
+
+from data_platform.errors import Cure, KafkaTroubleError, cure_of
+from data_platform.topics import Topics, offset_in
 from tests.conftest import MakeKafkaCluster
 from tests.waiting import wait_until
 
@@ -24,6 +29,18 @@ def test_a_killed_broker_keeps_nobody_from_being_told_of_a_topic(
 
     for topics in all_topics:
         wait_until(lambda topics=topics: _told(topics) == told, 30, "an answer")  # type: ignore[misc]
+
+
+def test_an_offset_that_no_broker_tells_is_waited_for_and_no_end_of_a_topic() -> None:
+    def answer(offset: int) -> "Future[Any]":
+        asked: Future[Any] = Future()
+        asked.set_result(ListOffsetsResultInfo(offset, -1, -1))
+        return asked
+
+    assert offset_in(answer(7), "events") == 7
+    with pytest.raises(KafkaTroubleError) as caught:
+        offset_in(answer(OFFSET_INVALID), "events")
+    assert cure_of(caught.value) is Cure.WAIT
 
 
 def _told(topics: Topics) -> str | None:
