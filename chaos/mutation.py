@@ -102,18 +102,19 @@ def main(only: str | None) -> None:
     with ending_well(INTERRUPTED), snapshot() as tree:
         for delivery in dict.fromkeys(mutant.delivery for mutant in mutants):
             alike = [mutant for mutant in mutants if mutant.delivery == delivery]
-            console.print(f"the tree as it is, {delivery}", highlight=False)
             verdict = tried(tree, None, alike, TREE_TIMEOUT_S)
             fine = not verdict.said
+            said = f"the tree as it is, {delivery}: {verdict.said or 'nothing'}"
+            console.print(f"{said} ({verdict.seconds:.0f} s)", highlight=False)
             good &= fine
             row = ("none", f"all of these, {delivery}", verdict.said or "nothing, rightly")
             table.add_row(*row, f"{verdict.seconds:.0f}", style="green" if fine else "red")
         for mutant in mutants:
-            console.print(f"{mutant.name}: {mutant.fault}", highlight=False)
             verdict = tried(tree, mutant.patch, [mutant], FOUND_WITHIN_S)
             fine = bool(verdict.differences)
             good &= fine
             found = verdict.said or "nothing"
+            console.print(f"{mutant.name}: {found} ({verdict.seconds:.0f} s)", highlight=False)
             row = (mutant.name, mutant.fault, found)
             table.add_row(*row, f"{verdict.seconds:.0f}", style="green" if fine else "red")
     report.console().print(table)
@@ -141,7 +142,9 @@ def _tried(tree: Path, mutants: Sequence[Mutant], timeout_s: float) -> Verdict:
         ],
         name="trial",
         log=log,
-        env=os.environ | {"DEVSTACK_HOME": str(home())},
+        # Not make's child, who would take our leash for a make that has ended.
+        env={name: value for name, value in os.environ.items() if name != "MAKELEVEL"}
+        | {"DEVSTACK_HOME": str(home())},
         cwd=tree,
     )
     try:
