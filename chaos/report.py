@@ -61,7 +61,9 @@ def _faults(outcome: Outcome) -> Table:
         took = (struck.recovered_s.get(part) for part in parts)
         table.add_row(
             struck.kind,
-            struck.target or f"[yellow]in vain: {struck.in_vain}",
+            f"{struck.target} [yellow]in vain: {struck.in_vain}"
+            if struck.in_vain
+            else struck.target,
             f"{struck.began_s:.1f}",
             f"{struck.ended_s - struck.began_s:.1f}",
             *("[red]never" if took_s is None else f"{took_s:g}" for took_s in took),

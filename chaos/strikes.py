@@ -324,13 +324,13 @@ SIGNAL_BACKENDS = {
     "end": """
 SELECT count(pg_terminate_backend(pid)) FROM (
     SELECT pid FROM pg_stat_activity WHERE usename = ANY (%s) ORDER BY random() LIMIT %s
-) AS some
+) AS chosen
 """,
     "cancel": """
 SELECT count(pg_cancel_backend(pid)) FROM (
     SELECT pid FROM pg_stat_activity
     WHERE usename = ANY (%s) AND state = 'active' ORDER BY random() LIMIT %s
-) AS some
+) AS chosen
 """,
 }
 # Ids of transactions that are taken back and leave no trace in the WAL: a crash gives them again.

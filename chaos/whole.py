@@ -33,7 +33,7 @@ TICK_S = 0.1
 PROGRESS_INTERVAL_S = 5.0
 FLUSH_TIMEOUT_S = 60.0
 # Each may come to nothing: what it needs has not come back yet from what came before.
-IN_VAIN = (psycopg.Error, KafkaException, TimeoutError, OSError, DevstackError)
+IN_VAIN = (psycopg.OperationalError, KafkaException, TimeoutError, OSError, DevstackError)
 SEATS_PER_BOOKING = 3
 HELD = "SELECT count(*) FROM reservations WHERE status = 'held'"
 
@@ -171,6 +171,9 @@ def _run(
             with steps.step("everything heals"):
                 late += _healed(product, clients, producer, heal_timeout_s)
             healed_s = time.monotonic() - mended_s
+            if faults.broken:
+                count = len(faults.broken)
+                late.append(Difference("a fault that chaos can't strike", count, faults.broken))
             for struck in faults.struck:
                 _measure(struck, product, gauges, ledger, began_s)
         with steps.step("audit"):
@@ -216,6 +219,7 @@ class _Faults:
 
     def __init__(self, scene: Scene, began_s: float) -> None:
         self.struck: list[Struck] = []
+        self.broken: list[str] = []
         self._scene = scene
         self._began_s = began_s
         self._present: dict[int, str] = {}
@@ -259,13 +263,20 @@ class _Faults:
                 self._present[fault.number] = f"{fault.kind} ({target})"
                 self._over.wait(max(0.0, self._began_s + fault.ends_s - time.monotonic()))
         except IN_VAIN as error:
-            struck.in_vain = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+            struck.in_vain = _in_a_line(error)
+        except Exception as error:  # noqa: BLE001 - told by the audit: a fault of chaos itself
+            struck.in_vain = _in_a_line(error)
+            self.broken.append(f"{fault.kind}: {struck.in_vain}")
         self._present.pop(fault.number, None)
         struck.ended_s = self._now()
         self.struck.append(struck)
 
     def _now(self) -> float:
         return round(time.monotonic() - self._began_s, 2)
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().partition("\n")[0]
 
 
 def _producer(bootstrap_servers: str) -> Producer:
