@@ -195,7 +195,17 @@ def expire_holds(settings: config.Settings, every: float | None) -> None:
 def main() -> None:
     """Run a command, telling errors in one line on stderr."""
     try:
-        commands(prog_name="reservation-service")
+        sys.exit(commands(prog_name="reservation-service", standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(2)
+    except click.ClickException as error:
+        if isinstance(error, click.UsageError):
+            error.ctx = None  # with it, two lines about the command stand before what is wrong
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(1)
     except config.ConfigurationError as error:
         click.echo(f"reservation-service: {error}", err=True)
         sys.exit(2)

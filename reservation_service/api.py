@@ -327,15 +327,9 @@ def body_of(model: type[Model]) -> Model:
     try:
         return model.model_validate_json(data)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_input=False, include_context=False)
-    if found[0]["type"] == "json_invalid":
-        raise problems.malformed("The body is no valid JSON.")
-    raise problems.invalid(
-        [
-            {"location": ".".join(map(str, each["loc"])), "message": each["msg"]}
-            for each in found[:50]
-        ]
-    )
+        if error.errors(include_url=False)[0]["type"] == "json_invalid":
+            raise problems.malformed("The body is no valid JSON.") from None
+        raise problems.invalid(problems.told_by(error)) from None
 
 
 def _check_count(location: str, count: int) -> None:

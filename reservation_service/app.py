@@ -32,6 +32,14 @@ SECURITY_HEADERS = {
 }
 
 
+# Instead of Werkzeug's words, which are a browser's.
+_DETAILS = {
+    404: "There is no such page.",
+    405: "The path knows other methods: see Allow.",
+    413: "The body is larger than this call takes.",
+}
+
+
 class _Id(IntegerConverter):
     """Matches no more digits than an id has: what is longer is 404 for every method.
 
@@ -208,6 +216,5 @@ def _of_http(error: HTTPException) -> Problem:
         405: "method-not-allowed",
         413: "too-large",
     }
-    return Problem(
-        status, words.get(status, "http-error"), error.description or error.name, headers
-    )
+    detail = _DETAILS.get(status) or error.description or error.name
+    return Problem(status, words.get(status, "http-error"), detail, headers)

@@ -124,8 +124,7 @@ def change_performance(
         try:
             Times(**wanted)
         except ValidationError as error:
-            message = error.errors(include_url=False)[0]["msg"]
-            raise problems.invalid([{"location": "", "message": message}]) from None
+            raise problems.invalid(problems.told_by(error)) from None
         wanted["performance_id"] = performance_id
         if connection.execute(sql.CHANGE_PERFORMANCE, wanted).fetchone():
             _announce(connection, concert_id, traceparent)

@@ -137,7 +137,7 @@ def read(path: Path) -> NewConcert:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise FileError(f"{path.name}:{line}: expected UTF-8") from None
+        raise FileError(f"{path.name}:{line}: expected UTF-8 (Excel: save as CSV UTF-8)") from None
     if path.suffix.lower() == ".json" or text.lstrip().startswith("{"):
         return _read_json(path.name, text)
     return _Sheet(path.name, text).read()
@@ -176,7 +176,7 @@ class _Sheet:
         separator = next((sign for sign in text[:60] if sign in ",;\t"), ",")
         self.sheet = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         self.name = name
-        self.line = 0
+        self.line = 1
         self.head: dict[str, str] = {}
         self.head_lines: dict[str, int] = {}
         self.evenings: list[tuple[int, list[str]]] = []

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Annotated, NamedTuple, Self
 from zoneinfo import available_timezones
 
+from babel.core import get_global
 from pydantic import (
     AfterValidator,
     AwareDatetime,
@@ -14,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -42,6 +44,12 @@ def _time_zone(value: str) -> str:
     # The two that mean whatever this machine says.
     if value not in available_timezones() - {"localtime", "Factory"}:
         raise ValueError("expected an IANA time zone like Europe/Berlin")
+    return value
+
+
+def _currency(value: str) -> str:
+    if value not in get_global("all_currencies"):
+        raise ValueError("expected a currency of ISO 4217 like EUR")
     return value
 
 
@@ -150,7 +158,9 @@ class About(_Body):
     title: Text
     venue: Text
     time_zone: Annotated[str, Field(max_length=64), AfterValidator(_time_zone)]
-    currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")]
+    currency: Annotated[
+        str, AfterValidator(_currency), WithJsonSchema({"type": "string", "pattern": "^[A-Z]{3}$"})
+    ]
 
 
 class NewConcert(About):

@@ -8,6 +8,7 @@ from http import HTTPStatus
 from typing import Any, NamedTuple
 
 import msgspec
+from pydantic import ValidationError
 
 SEATS_UNAVAILABLE = "seats-unavailable"
 
@@ -159,6 +160,18 @@ def invalid(errors: list[dict[str, str]]) -> Problem:
     return Problem(
         422, "invalid-body", "The body does not match the schema.", members={"errors": errors}
     )
+
+
+def told_by(error: ValidationError) -> list[dict[str, str]]:
+    """Return what pydantic found, without what was sent: the first 50 members and what's wrong."""
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    return [
+        {
+            "location": ".".join(map(str, each["loc"])),
+            "message": each["msg"].removeprefix("Value error, "),
+        }
+        for each in found[:50]
+    ]
 
 
 def event_too_large(detail: str) -> Problem:

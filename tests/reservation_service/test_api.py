@@ -306,6 +306,7 @@ def test_the_seat_of_another_performance_is_unavailable(house: House, client: Fl
         (["time_zone"], "Mars/Olympus"),
         (["time_zone"], "../etc/passwd"),
         (["currency"], "eur"),
+        (["currency"], "EUO"),
         (["performances"], []),
         (["performances", 0, "starts_at"], "tomorrow"),
         (["performances", 0, "starts_at"], "2027-01-01T20:00:00"),
@@ -327,7 +328,8 @@ def test_a_concert_against_the_schema_is_422(
         target = target[step]
     target[path[-1]] = value
     before = len(house.events("concert-catalogue"))
-    assert problem(client.post("/api/concerts", json=body, headers=ADMIN), 422, "invalid-body")
+    told = problem(client.post("/api/concerts", json=body, headers=ADMIN), 422, "invalid-body")
+    assert not any(each["message"].startswith("Value error") for each in told["errors"])
     assert len(house.events("concert-catalogue")) == before
 
 

@@ -86,9 +86,14 @@ def test_wrong_configuration_is_one_line_and_exit_code_2(
     assert "x" * 31 not in line
 
 
-@pytest.mark.parametrize("arguments", [["nonsense"], ["token", "a b"], ["serve", "--port", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["token"], ["token", "a b"], ["serve", "--port", "x"]]
+)
 def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
-    assert run(*arguments, RESERVATION_SECRET_KEY=SECRET_KEY).returncode == 2
+    done = run(*arguments, RESERVATION_SECRET_KEY=SECRET_KEY)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert arguments[-1] in line or "CUSTOMER_ID" in line
 
 
 def test_a_database_that_is_away_is_one_line_and_exit_code_1() -> None:
