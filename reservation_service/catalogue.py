@@ -1,7 +1,7 @@
 """Read concerts, performances and seats."""
 
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal, LiteralString, NamedTuple
 
 import msgspec
 
@@ -74,12 +74,34 @@ class PerformanceOnSale(msgspec.Struct, frozen=True):
 _PERFORMANCES = msgspec.json.Decoder(list[PerformanceAnswer])
 
 
+class Place(NamedTuple):
+    """Where a list by time has come to: when a concert next begins, and which one it is."""
+
+    begins_at: datetime
+    concert_id: int
+
+
 def read_concerts(connection: Connection, limit: int, after: int = 0) -> list[ConcertAnswer]:
     """Return up to `limit` concerts whose id is greater than `after`, by id."""
-    cursor = connection.execute(sql.READ_CONCERTS, {"after": after, "limit": limit})
+    return _concerts(connection, sql.READ_CONCERTS, {"after": after, "limit": limit})
+
+
+def read_concerts_to_come(
+    connection: Connection, limit: int, now: datetime, after: Place
+) -> list[ConcertAnswer]:
+    """Return up to `limit` concerts that have not all begun, the next first, from `after` on."""
+    wanted = {"now": now, "begins_at": after.begins_at, "after": after.concert_id, "limit": limit}
+    return _concerts(connection, sql.READ_CONCERTS_TO_COME, wanted)
+
+
+def _concerts(
+    connection: Connection, statement: LiteralString, wanted: dict[str, Any]
+) -> list[ConcertAnswer]:
     return [
         ConcertAnswer(concert_id, title, venue, time_zone, _PERFORMANCES.decode(performances))
-        for concert_id, title, venue, time_zone, performances in cursor
+        for concert_id, title, venue, time_zone, performances in connection.execute(
+            statement, wanted
+        )
     ]
 
 

@@ -12,9 +12,10 @@ Guarantees:
 
 import gzip
 import hmac
+import re
 import secrets
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Protocol
 from uuid import UUID
@@ -39,6 +40,7 @@ from reservation_service.api import ID_MAX, IDEMPOTENCY_KEY, counted, reservatio
 from reservation_service.best_available import Wanted
 from reservation_service.booking import Order, Stored
 from reservation_service.callers import CUSTOMER_ID
+from reservation_service.catalogue import ConcertAnswer, Place
 from reservation_service.database import Connection
 from reservation_service.events import Reservation
 from reservation_service.idempotency import Key
@@ -49,6 +51,9 @@ PAGE_RESERVATIONS = 50
 FOUND_RESERVATIONS = 20
 COMPRESS_FROM_BYTES = 1_024
 COMPRESSION_LEVEL = 6
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# Microseconds of EPOCH until 2286, and an id.
+PLACE = re.compile(r"([0-9]{1,16})-([0-9]{1,18})", re.ASCII)
 
 _Change = Callable[[Connection, UUID, str], Reservation]
 
@@ -115,16 +120,15 @@ def _compress(response: Response) -> Response:
 
 @blueprint.get("/")
 def concerts() -> str:
-    """List concerts."""
-    after = request.args.get("after", "0")
+    """List what is still to come, the next first."""
     with service().pool.connection() as connection:
-        found = catalogue.read_concerts(
-            connection, PAGE_CONCERTS + 1, int(after) if _is_id(after) else 0
-        )
         now = _now(connection)
-    more = found[PAGE_CONCERTS - 1].concert_id if len(found) > PAGE_CONCERTS else None
+        after = _place_of(request.args.get("after", ""), now)
+        found = catalogue.read_concerts_to_come(connection, PAGE_CONCERTS + 1, now, after)
+    shown = found[:PAGE_CONCERTS]
+    more = _place_text(shown[-1], now) if len(found) > PAGE_CONCERTS else None
     return render_template(
-        "concerts.html", concerts=found[:PAGE_CONCERTS], more=more, sale=partial(sale_state, now)
+        "concerts.html", concerts=shown, more=more, sale=partial(sale_state, now)
     )
 
 
@@ -338,6 +342,19 @@ def _visible(connection: Connection, reservation_id: UUID) -> Stored:
 def _found_by_code() -> list[str]:
     found: list[str] = session.get("found", [])
     return found
+
+
+def _place_of(text: str, now: datetime) -> Place:
+    """Read where the page before ended; whatever is none of these is the beginning."""
+    found = PLACE.fullmatch(text)
+    if not found:
+        return Place(now, 0)
+    return Place(EPOCH + timedelta(microseconds=int(found[1])), int(found[2]))
+
+
+def _place_text(last: ConcertAnswer, now: datetime) -> str:
+    begins_at = min(one.starts_at for one in last.performances if one.starts_at > now)
+    return f"{(begins_at - EPOCH) // timedelta(microseconds=1)}-{last.concert_id}"
 
 
 def _now(connection: Connection) -> datetime:

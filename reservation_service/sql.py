@@ -35,7 +35,7 @@ CROSS JOIN generate_series(rows.first, rows.first + rows.count - 1) AS number
 ORDER BY rows.position, number
 """
 
-READ_CONCERTS = """
+SELECT_CONCERTS = """
 SELECT c.concert_id, c.title, c.venue, c.time_zone, (
     SELECT json_agg(json_build_object(
         'performance_id', p.performance_id, 'starts_at', p.starts_at,
@@ -45,10 +45,31 @@ SELECT c.concert_id, c.title, c.venue, c.time_zone, (
     FROM performances AS p WHERE p.concert_id = c.concert_id
 )
 FROM concerts AS c
+"""
+
+READ_CONCERTS = (
+    SELECT_CONCERTS
+    + """
 WHERE c.concert_id > %(after)s
 ORDER BY c.concert_id
 LIMIT %(limit)s
 """
+)
+
+# What is still to come, by its next begin. The page before ended with the concert `after`, which
+# next begins at `begins_at`.
+READ_CONCERTS_TO_COME = (
+    SELECT_CONCERTS  # noqa: S608 - constants alone
+    + """
+JOIN (
+    SELECT concert_id, min(starts_at) AS begins_at FROM performances
+    WHERE starts_at > %(now)s GROUP BY concert_id
+    HAVING (min(starts_at), concert_id) > (%(begins_at)s, %(after)s)
+    ORDER BY begins_at, concert_id LIMIT %(limit)s
+) AS next USING (concert_id)
+ORDER BY next.begins_at, c.concert_id
+"""
+)
 
 READ_CONCERT_STATE = """
 SELECT c.concert_id, c.version, c.title, c.venue, c.time_zone, c.currency, clock_timestamp(), (

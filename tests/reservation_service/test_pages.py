@@ -1,15 +1,18 @@
 """The booking pages without script: their forms, who may use them, what they say."""
 
 import gzip
+import json
 import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
 
-from reservation_service import codes, pages
-from tests.reservation_service.house import House, bearer
+from reservation_service import catalogue_changes, codes, pages
+from reservation_service.new_concert import NewConcert
+from tests.reservation_service.house import House, bearer, concert
 
 
 def form(page: str) -> dict[str, Any]:
@@ -169,6 +172,28 @@ def test_what_is_not_there_is_a_page(client: FlaskClient) -> None:
     answer = client.get("/performances/9999")
     assert (answer.status_code, answer.mimetype) == (404, "text/html")
     assert "There is no such performance." in answer.text
+
+
+def test_the_next_concert_is_first_and_what_has_begun_is_left_out(
+    house: House, client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "PAGE_CONCERTS", 3)
+    now = datetime.now(UTC)
+    with house.connect() as connection:
+        for hours in (72, 24, -1, 48, 24, 96, 120):
+            new = concert(starts_at=now + timedelta(hours=hours)) | {"title": f"In {hours} hours"}
+            catalogue_changes.publish(connection, NewConcert.model_validate_json(json.dumps(new)))
+    path, titles = "/", list[str]()
+    while path:
+        page = client.get(path).text
+        titles += re.findall(r'<h2 id="c\d+">(.*?)</h2>', page)
+        more = re.search(r'href="(/\?after=[^"]+)"', page)
+        path = more[1] if more else ""
+    assert titles == [
+        *(f"In {hours} hours" for hours in (24, 24, 48, 72, 96, 120)), "Ein Abend mit Björk"
+    ]  # fmt: skip
+    for strange in ("7", "-", "9999999999999999-1", "x-1"):
+        assert client.get("/", query_string={"after": strange}).status_code == 200
 
 
 @pytest.mark.parametrize("host", ["a" * 64 + ".example", "a..example"])
