@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from reservation_service import language
 from reservation_service.catalogue import SeatAnswer
+from reservation_service.new_concert import decimals
 
 # So many seats are all unfolded at once; of a bigger hall the first section.
 UNFOLDED_SEATS = 1_000
@@ -42,6 +43,7 @@ class Plan(NamedTuple):
     sections: list[Section]
     prices: list[int]
     currency: str
+    decimals: int
     free: int
     unfolded: bool
 
@@ -49,6 +51,7 @@ class Plan(NamedTuple):
 def plan_of(seats: Sequence[SeatAnswer]) -> Plan:
     """Arrange the seats, which come in the plan's order; a section or a row may come in parts."""
     prices = sorted({seat.price for seat in seats}, reverse=True)
+    currency = seats[0].currency if seats else ""
     places = {price: place for place, price in enumerate(prices)}
     by_section: dict[str, list[SeatAnswer]] = {}
     for seat in seats:
@@ -57,7 +60,8 @@ def plan_of(seats: Sequence[SeatAnswer]) -> Plan:
     return Plan(
         sections,
         prices,
-        seats[0].currency if seats else "",
+        currency,
+        decimals(currency),
         sum(section.free for section in sections),
         len(seats) <= UNFOLDED_SEATS,
     )

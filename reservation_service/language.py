@@ -5,6 +5,7 @@ else English. English sentences are in the code and the templates; translations/
 in Korean (a test compares).
 """
 
+from copy import copy
 from datetime import datetime
 from decimal import Decimal
 from functools import cache
@@ -17,16 +18,18 @@ from babel.core import Locale
 from babel.dates import format_date, format_time, get_timezone_location
 from babel.messages.mofile import write_mo
 from babel.messages.pofile import read_po
-from babel.numbers import format_currency, get_currency_precision
 from babel.support import Translations
 from flask import g, request
 
+from reservation_service.new_concert import decimals
 from reservation_service.problems import KINDS, Problem
 
 COOKIE = "language"
 COOKIE_MAX_AGE_S = 365 * 86_400
 NAMES = {"en": "English", "ko": "한국어"}
 LOCALES = {"en": Locale("en", "GB"), "ko": Locale("ko", "KR")}
+# CLDR's short form has AM and PM in Latin letters; who reads Korean expects 오전 and 오후.
+CLOCKS = {"ko": "aaaa h:mm"}
 TRANSLATIONS = Path(__file__).parent / "translations"
 
 
@@ -65,10 +68,15 @@ def told(problem: Problem) -> str:
 
 
 def money(amount: int, currency: str) -> str:
-    """Write minor units as a price."""
-    locale = LOCALES[current()]
-    exact = Decimal(amount).scaleb(-get_currency_precision(currency))
-    return format_currency(exact, currency, locale=locale)
+    """Write minor units as a price, with the decimals that ISO 4217 gives the currency.
+
+    CLDR leaves them out where nobody pays in coins any more: it would take 89.00 dinars for 8900.
+    """
+    locale, digits = LOCALES[current()], decimals(currency)
+    pattern = copy(locale.currency_formats["standard"])
+    pattern.frac_prec = (digits, digits)
+    exact = Decimal(amount).scaleb(-digits)
+    return str(pattern.apply(exact, locale, currency=currency, currency_digits=False))
 
 
 def day(value: datetime, time_zone: str) -> str:
@@ -78,7 +86,8 @@ def day(value: datetime, time_zone: str) -> str:
 
 def clock(value: datetime, time_zone: str) -> str:
     """Write the time of day as clocks in the concert's city show it."""
-    return format_time(value.astimezone(ZoneInfo(time_zone)), "short", locale=LOCALES[current()])
+    here, locale = value.astimezone(ZoneInfo(time_zone)), LOCALES[current()]
+    return format_time(here, CLOCKS.get(current(), "short"), locale=locale)
 
 
 def moment(value: datetime, time_zone: str) -> str:

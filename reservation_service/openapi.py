@@ -25,7 +25,7 @@ from reservation_service.problems import KINDS
 REF = "#/components/schemas/"
 ABOUT = (
     "Concerts, performances and seats are public; the rest needs a caller. Times are RFC 3339 in "
-    "UTC, money is integer minor units. Errors are RFC 9457 problems whose `type` is one of the "
+    "UTC, money is integer minor units. Errors are RFC 9457 problems whose type is one of the "
     "words listed under Problems. Further members may appear in any answer."
 )
 HEALTH = ("healthz", "readyz", "show_metrics")

@@ -53,9 +53,10 @@ class Hall {
     for (const input of form.querySelectorAll(".row input")) {
       this.seats.set(Number(input.value), { input, status: this.drawn(input) });
     }
+    // As the server writes them: browsers leave out the decimals of some currencies that have them.
+    this.decimals = Number(form.dataset.decimals);
     this.money = new Intl.NumberFormat(document.documentElement.lang === "ko" ? "ko-KR" : "en-GB",
-      { style: "currency", currency: form.dataset.currency });
-    this.amounts = new Map();
+      { style: "currency", currency: form.dataset.currency, minimumFractionDigits: this.decimals, maximumFractionDigits: this.decimals });
     this.kept = `picks ${form.dataset.performance}`;
     this.live = document.getElementById("live");
     this.told = document.getElementById("told");
@@ -76,7 +77,7 @@ class Hall {
       this.rove();
       this.form.addEventListener("change", (event) => this.changed(event.target));
       this.form.addEventListener("keydown", (event) => this.move(event));
-      this.form.addEventListener("submit", (event) => this.submit(event));
+      for (const form of [this.form, document.getElementById("best")]) form.addEventListener("submit", (event) => this.submit(event));
       this.show();
     }
     this.poll();
@@ -146,9 +147,8 @@ class Hall {
 
   /** The price in whole units; a seat's class has its price's place in the legend. */
   major(id) {
-    const digits = this.money.resolvedOptions().maximumFractionDigits;
     const label = this.seats.get(id).input.parentElement;
-    return this.prices[label.dataset.price ?? label.className[1]] / 10 ** digits;
+    return this.prices[label.dataset.price ?? label.className[1]] / 10 ** this.decimals;
   }
 
   /* ---- keyboard: one stop for the whole map, arrows within it */

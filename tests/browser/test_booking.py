@@ -55,6 +55,8 @@ def test_two_browsers_fight_for_a_seat_and_the_slower_one_keeps_the_rest(
     bob.route("**/seats", lambda route: route.fulfill(status=304))
     for number in (1, 2, 3):
         seat(bob, number).check()
+        drawn = seat(bob, number).locator("+ b")  # the mouse is still over it
+        expect(drawn).to_have_css("background-color", "rgb(122, 35, 64)")
     for number in (3, 4):
         seat(ann, number).check()
     hold(ann)
@@ -191,6 +193,13 @@ def test_the_keyboard_is_enough(house: House, served: Served, visit: Visit) -> N
     expect(focused).to_have_accessible_name("3")
     page.keyboard.press("Space")
     expect(picks(page)).to_have_count(2)
+    page.keyboard.press("Enter")
+    expect(page.locator(".status.held")).to_be_visible()
+    expect(page.locator("tbody tr").nth(1)).to_contain_text("seat 3")
+    page.get_by_role("button", name="Give the seats back").press("Enter")
+    page.get_by_role("link", name="Choose seats again").press("Enter")
+    for number in (1, 3):
+        seat(page, number).press("Space")
     tab_to("Hold these seats")
     page.keyboard.press("Enter")
     expect(page.locator(".status.held")).to_be_visible()
@@ -200,12 +209,19 @@ def test_the_keyboard_is_enough(house: House, served: Served, visit: Visit) -> N
 
 
 def test_a_phone_has_room_for_everything(house: House, served: Served, visit: Visit) -> None:
+    # Browsers write forints without decimals; 5000 fillér are 50 of them all the same.
+    house.execute(
+        "UPDATE concerts SET currency = 'HUF' FROM performances AS p"
+        " WHERE p.concert_id = concerts.concert_id AND performance_id = %s",
+        house.performance_id,
+    )
     page = visit(served, "/", **PHONE)
     wide = "document.documentElement.scrollWidth > innerWidth"
     assert not page.evaluate(wide)
     page.locator(f'a[href="{hall(house)}"]').tap()
     seat(page, 1).tap()
     seat(page, 9).tap()
+    expect(page.locator("#sum")).to_have_text("Total HUF\u00a0100.00")
     assert not page.evaluate(wide)
     hold(page)
     assert not page.evaluate(wide)

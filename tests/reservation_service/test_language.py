@@ -71,6 +71,8 @@ def test_the_switch_is_remembered_and_stronger(house: House, client: FlaskClient
     assert "좌석" in page
     assert "베를린" in page
     assert "€50.00" in page
+    assert re.search("오[전후] 1?[0-9]:[0-5][0-9]", page)
+    assert not re.search("[AP]M", page)
     assert "찾을 수 없" in client.get("/performances/9999").text
     assert "공연을 찾을 수 없" in client.get("/performances/9999").text
 

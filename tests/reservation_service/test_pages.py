@@ -43,6 +43,9 @@ def test_a_guest_finds_a_concert_books_and_cancels(house: House, client: FlaskCl
         )
         assert done.status_code == 303
         assert f'"status {status}"' in client.get(reservation).text
+    cancelled = client.get(reservation).text
+    assert "This reservation is cancelled." in cancelled
+    assert f'href="{path}"' in cancelled
     assert "Cancelled" in client.get("/reservations").text
     assert [event["data"]["version"] for event in house.events()] == [1, 2, 3]
 
@@ -172,6 +175,7 @@ def test_what_is_not_there_is_a_page(client: FlaskClient) -> None:
     answer = client.get("/performances/9999")
     assert (answer.status_code, answer.mimetype) == (404, "text/html")
     assert "There is no such performance." in answer.text
+    assert "<h1>There is no such page.</h1>" in client.get("/nothing").text
 
 
 def test_the_next_concert_is_first_and_what_has_begun_is_left_out(
@@ -194,6 +198,17 @@ def test_the_next_concert_is_first_and_what_has_begun_is_left_out(
     ]  # fmt: skip
     for strange in ("7", "-", "9999999999999999-1", "x-1"):
         assert client.get("/", query_string={"after": strange}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("currency", "price"),
+    [("EUR", "€50.00"), ("RSD", "RSD50.00"), ("KRW", "₩5,000"), ("KWD", "KWD5.000")],
+)
+def test_a_price_has_the_decimals_of_its_currency(
+    house: House, client: FlaskClient, currency: str, price: str
+) -> None:
+    house.execute("UPDATE concerts SET currency = %s", currency)
+    assert f"</i>{price}</li>" in client.get(f"/performances/{house.performance_id}").text
 
 
 @pytest.mark.parametrize("host", ["a" * 64 + ".example", "a..example"])
@@ -275,6 +290,8 @@ def test_a_performance_that_is_not_on_sale_says_why(
     page = client.get(f"/performances/{house.performance_id}").text
     assert words in page
     assert 'name="action"' not in page
+    # Who reads "12 of 20 free" there would be misled.
+    assert ('id="hall"' in page) == (words not in {"is past", "is cancelled"})
     assert "Choose seats" not in client.get("/").text
 
 
