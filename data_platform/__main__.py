@@ -73,7 +73,30 @@ def _clear_errors() -> Iterator[None]:
         raise CommandError(f"Kafka: {error}") from error
 
 
-@click.group()
+class _Commands(click.Group):
+    """Tells wrong usage in one line: not how to use the command, but what is wrong."""
+
+    def make_context(self, *arguments: Any, **more: Any) -> click.Context:
+        with _without_usage():
+            return super().make_context(*arguments, **more)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _without_usage():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _without_usage() -> Iterator[None]:
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        error.ctx = None
+        raise
+
+
+@click.group(cls=_Commands)
 @click.version_option(version("concert-reservation"), prog_name="data-platform")
 def main() -> None:
     """Load reservation events from Kafka into the analysts' tables."""

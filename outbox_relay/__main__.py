@@ -214,6 +214,9 @@ def _exit_code(command: Callable[..., Any]) -> int:
     except click.exceptions.Exit as exit_:
         return exit_.exit_code
     except click.ClickException as error:
+        helps = isinstance(error, click.exceptions.NoArgsIsHelpError)
+        if isinstance(error, click.UsageError) and not helps:
+            error.ctx = None  # with it, two lines about the command stand before what is wrong
         error.show()
         return error.exit_code
     except click.Abort:

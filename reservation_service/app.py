@@ -88,7 +88,8 @@ def create_app(
         SESSION_COOKIE_HTTPONLY=True,
         SESSION_COOKIE_SAMESITE="Lax",
         SESSION_REFRESH_EACH_REQUEST=False,
-        PERMANENT_SESSION_LIFETIME=timedelta(days=30),
+        # As long as browsers keep a cookie: concerts are sold many months ahead.
+        PERMANENT_SESSION_LIFETIME=timedelta(days=400),
     )
     app.session_interface = _GuestCookie()
     app.url_map.converters["int"] = _Id

@@ -249,6 +249,16 @@ def test_every_log_line_is_a_json_object(platform: Platform) -> None:
     assert platform.database.loader_url.split(":")[2].split("@")[0] not in worker.log.read_text()
 
 
+@pytest.mark.parametrize("arguments", [["nonsense"], ["rebuild"], ["run", "--nonsense"]])
+def test_wrong_usage_is_told_in_one_line_and_exits_2(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "data_platform", *arguments],
+        capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
 WORKER_THAT_FAILS = """
 from data_platform import __main__ as command
 

@@ -119,6 +119,8 @@ def test_help_and_version_need_no_configuration() -> None:
     assert relay("--version").stdout.startswith("outbox-relay, version ")
 
 
-def test_wrong_usage_exits_2() -> None:
-    assert relay("no-such-command").returncode == 2
-    assert relay("resume").returncode == 2
+@pytest.mark.parametrize("arguments", [["no-such-command"], ["resume"], ["run", "--nonsense"]])
+def test_wrong_usage_is_told_in_one_line_and_exits_2(arguments: list[str]) -> None:
+    done = relay(*arguments)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1, done.stderr
