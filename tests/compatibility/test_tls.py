@@ -126,7 +126,7 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize(("package", "wrong"), zip(PROGRAMS, SAID, strict=True))
+@pytest.mark.parametrize(("package", "wrong"), list(zip(PROGRAMS, SAID, strict=True)))
 def test_a_wrong_ca_host_or_password_for_postgres_ends_a_program_with_a_line(
     stack: Stack, tmp_path: Path, package: str, wrong: str
 ) -> None:
