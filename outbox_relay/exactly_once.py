@@ -9,7 +9,7 @@ wrong with a transaction: give the session up and open a new one.
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future  # noqa: TC003 - it is what we keep
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -303,7 +303,9 @@ class ExactlyOnce:
         """Note where the topic's partitions ended when we last asked, and ask again."""
         for partition, future in self._asked.items():
             if future.done() and future.exception() is None:
-                self._offsets[str(partition.partition)] = int(future.result().offset)
+                number, end = str(partition.partition), int(future.result().offset)
+                # -1001 while it has no leader, an old end from a broker that has just woken up.
+                self._offsets[number] = max(end, self._offsets.get(number, 0))
         assert self._admin is not None, "the session is open"  # noqa: S101
         self._asked = self._admin.list_offsets(
             {TopicPartition(self._channel.topic, number): LATEST for number in self._partitions},
@@ -468,10 +470,7 @@ class CursorRecords:
             isolation_level=IsolationLevel.READ_UNCOMMITTED,
             request_timeout=REQUEST_TIMEOUT_S,
         )[self._partition]
-        offset = int(future.result(ANSWER_WITHIN_S).offset)
-        if offset < 0:  # a leader that has only just been elected: no empty topic, no lost cursor
-            raise PublishError("the cursor topic doesn't tell its ends yet")
-        return offset
+        return offset_in(future, self._partition.topic)
 
     def _last(self, consumer: Consumer, first: int, up_to: int | None) -> bytes | None:
         """Return the value of the last committed record of our key from `first` on."""
@@ -552,6 +551,22 @@ def _describe(admin: AdminClient, topic: str) -> tuple[str, Sequence[int]]:
     return str(found.topic_id), [partition.id for partition in found.partitions]
 
 
+def offset_in(asked: Future[Any], topic: str) -> int:
+    """Wait for an offset that was asked for.
+
+    A partition without a leader may answer -1001 and no error: taken for its end, that would be an
+    empty topic that has lost its events, or a cursor that was never written.
+
+    Raises:
+        KafkaException: Kafka can't be reached.
+        PublishError: no broker tells it just now.
+    """
+    offset = int(asked.result(ANSWER_WITHIN_S).offset)
+    if offset < 0:
+        raise PublishError(f"Kafka tells no offset of topic {topic} just now")
+    return offset
+
+
 def _refuse_lost_events(admin: AdminClient, topic: str, cursor: Cursor, topic_id: str) -> None:
     """Refuse when events that the cursor counts as published are not in `topic` any more.
 
@@ -570,7 +585,7 @@ def _refuse_lost_events(admin: AdminClient, topic: str, cursor: Cursor, topic_id
         request_timeout=REQUEST_TIMEOUT_S,
     )
     for partition, future in futures.items():
-        end = future.result(ANSWER_WITHIN_S).offset
+        end = offset_in(future, topic)
         if end < cursor.offsets[str(partition.partition)]:
             raise RefusedError(
                 f"topic {topic} has lost events: partition {partition.partition} ends at {end}."

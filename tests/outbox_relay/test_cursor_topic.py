@@ -2,15 +2,18 @@
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
 
 import pytest
-from confluent_kafka import Producer
+from confluent_kafka import OFFSET_INVALID, Producer
+from confluent_kafka.admin import ListOffsetsResultInfo  # type: ignore[attr-defined]
 
 from devstack.kafka import KafkaCluster
 from outbox_relay import exactly_once
 from outbox_relay.config import Settings
 from outbox_relay.cursor import Cursor
-from outbox_relay.exactly_once import CursorRecords, ExactlyOnce
+from outbox_relay.exactly_once import CursorRecords, ExactlyOnce, offset_in
 from outbox_relay.leadership import Identity, RefusedError
 from outbox_relay.producer import PublishError, make_admin
 from outbox_relay.reader import EMPTY_SNAPSHOT, Position
@@ -113,3 +116,14 @@ class Going:
     def go_on(self) -> None:
         """Note that the wait goes on."""
         self._went_on.append(1)
+
+
+def test_an_offset_that_no_broker_tells_is_no_end_of_a_topic() -> None:
+    def answer(offset: int) -> "Future[Any]":
+        asked: Future[Any] = Future()
+        asked.set_result(ListOffsetsResultInfo(offset, -1, -1))
+        return asked
+
+    assert offset_in(answer(7), "events") == 7
+    with pytest.raises(PublishError, match="no offset of topic events"):
+        offset_in(answer(OFFSET_INVALID), "events")
