@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 MARKER_INTERVAL_S = 0.2
 # While Kafka is away and nothing comes, ask so often whether it is back.
 PROBE_INTERVAL_S = 1.0
+# Who isn't a member that long after it asked to be one, says the group twice, never will be.
+JOIN_INTERVAL_S, JOIN_ANSWERS = 4.0, 2
+# A broker that was frozen and no longer leads tells of old ends until it knows.
+SURE_AFTER_S, SURE_INTERVAL_S = 3.0, 0.3
 CHUNK_RECORDS = 500
 
 LOST_PLACE = frozenset(
@@ -93,6 +97,7 @@ class Source:
         batch_bytes: int,
         new_group: Mapping[str, Any] | None = None,
     ) -> None:
+        self._group = str(consumer["group.id"])
         self._classic = consumer if new_group else None
         self._consumer = self._new_consumer(new_group or consumer)
         self._topics = topics
@@ -109,6 +114,11 @@ class Source:
         self._copy_fails = False
         self._probe: Future[Any] | None = None
         self._probe_at = 0.0
+        self._membership: Future[Any] | None = None
+        self._membership_at = 0.0
+        self._strange = 0
+        self._suspected_since_s: dict[Partition, float] = {}
+        self._suspects_at_s = 0.0
         self.stopped: dict[Partition, str] = {}
 
     def _new_consumer(self, properties: Mapping[str, Any]) -> Consumer:
@@ -131,6 +141,7 @@ class Source:
                 self._names, on_assign=self._on_assign, on_revoke=self._on_revoke
             )
             self._subscribed = True
+            self._membership_at = time.monotonic() + JOIN_INTERVAL_S
         for name in self._names:
             waiting = [p for p in sorted(self._granted) if p.topic == name and self._due(p)]
             if waiting:
@@ -142,7 +153,9 @@ class Source:
         return not self._subscribed or any(map(self._due, self._granted))
 
     def _due(self, partition: Partition) -> bool:
-        return partition not in self._placed and partition not in self.stopped
+        if partition in self._placed or partition in self.stopped:
+            return False
+        return partition not in self._suspected_since_s or time.monotonic() >= self._suspects_at_s
 
     def _place(self, name: str, partitions: Sequence[Partition], claim: Claim) -> None:
         topic = self._topics.look(name)
@@ -151,14 +164,22 @@ class Source:
         for partition in partitions:
             offset = stored[partition.partition]
             fault = topic.fault(partition.partition, offset)
-            if fault:
+            if not fault:
+                self._suspected_since_s.pop(partition, None)
+                begin[partition] = offset.next_offset
+            elif self._is_sure_of_fault(partition):
                 log.error("partition_stopped", **partition._asdict(), fault=fault)
                 self.stopped[partition] = fault
-            else:
-                begin[partition] = offset.next_offset
         self._consumer.incremental_assign([TopicPartition(*p, at) for p, at in begin.items()])
         self._placed |= {p: Place(topic.topic_id, at, at) for p, at in begin.items()}
         log.info("partitions_placed", topic=name, at={p.partition: at for p, at in begin.items()})
+
+    def _is_sure_of_fault(self, partition: Partition) -> bool:
+        """Whether it was found again and again; else it is looked at again a little later."""
+        now = time.monotonic()
+        since_s = self._suspected_since_s.setdefault(partition, now)
+        self._suspects_at_s = now + SURE_INTERVAL_S
+        return now - since_s >= SURE_AFTER_S
 
     def forget(self) -> None:
         """Drop what was read and not loaded.
@@ -185,6 +206,7 @@ class Source:
             self._placed.pop(partition, None)
             self._slices.pop(partition, None)
             self.stopped.pop(partition, None)
+            self._suspected_since_s.pop(partition, None)
         log.info("partitions_revoked", partitions=[p.partition for p in revoked])
 
     # ---- what comes next
@@ -195,6 +217,7 @@ class Source:
         Empty when nothing came. After an exception call `forget`: records may be lost here.
         """
         self._ask_whether_back()
+        self._ask_whether_joined()
         self._slices = {}
         messages = self._consumer.consume(1, wait_s)
         rows = size_bytes = 0
@@ -271,10 +294,7 @@ class Source:
                 place.reached = max(place.reached, offset)
                 place.end = offset
         elif self._classic is not None and _is_unknown_to_the_broker(error):
-            log.info("classic_group", cause=error.str())
-            self._consumer.close()
-            self._consumer, self._classic = self._new_consumer(self._classic), None
-            self._subscribed = False
+            self._join_the_classic_way(error.str())
         elif error.code() in LOST_PLACE:
             raise PlaceLostError(f"{partition}: {error.str()}")
         else:
@@ -306,6 +326,7 @@ class Source:
             if error is not None:
                 self._take_error(Partition("", -1), error, 0)
         self._ask_whether_back()
+        self._ask_whether_joined()
 
     # ---- afterwards
 
@@ -345,6 +366,34 @@ class Source:
             if self._probe.exception() is None:
                 self._note_answer()
             self._probe = None
+
+    def _ask_whether_joined(self) -> None:
+        """Join the classic way when the group goes on not knowing us.
+
+        Before Kafka 4.0 a broker doesn't offer KIP-848's requests; librdkafka 2.16 then waits for
+        ever and says nothing. A broker that is away doesn't answer this question either.
+        """
+        if self._classic is None or not self._subscribed or self._granted:
+            return
+        if self._membership is None:
+            if time.monotonic() >= self._membership_at:
+                self._membership = self._topics.describe_group(self._group)
+                self._membership_at = time.monotonic() + JOIN_INTERVAL_S
+        elif self._membership.done():
+            answer, self._membership = self._membership, None
+            members = None if answer.exception() else answer.result().members
+            ours = self._consumer.memberid()
+            strange = members is not None and all(member.member_id != ours for member in members)
+            self._strange = self._strange + 1 if strange else 0
+            if self._strange == JOIN_ANSWERS:
+                self._join_the_classic_way("the group doesn't get to know this member")
+
+    def _join_the_classic_way(self, cause: str) -> None:
+        assert self._classic is not None, "once"  # noqa: S101
+        log.info("classic_group", cause=cause)
+        self._consumer.close()
+        self._consumer, self._classic = self._new_consumer(self._classic), None
+        self._subscribed = False
 
     def _note_answer(self) -> None:
         if self._away:

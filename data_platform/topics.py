@@ -1,4 +1,4 @@
-"""What Kafka knows of a topic: its id, its partitions, and which offsets they hold."""
+"""What Kafka knows of a topic: its id, its partitions, which offsets they hold; of a group: who."""
 
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -87,6 +87,11 @@ class Topics:
         collection = TopicCollection([topic])
         described = self._admin.describe_topics(collection, request_timeout=REQUEST_TIMEOUT_S)
         return described[topic]
+
+    def describe_group(self, group: str) -> "Future[Any]":
+        """Begin to ask who is a member of a consumer group."""
+        described = self._admin.describe_consumer_groups([group], request_timeout=REQUEST_TIMEOUT_S)
+        return described[group]
 
     def topic_id(self, topic: str) -> str:
         """Return the topic's id.

@@ -17,9 +17,6 @@ from devstack.steps import Steps
 from tests.compatibility.scene import Scene, said
 
 RESERVATIONS = 1_500
-# Before 4.0 a broker doesn't offer KIP-848's requests; librdkafka 2.16 then waits without a word,
-# and our workers with it, so that they have to be told (docs/compatibility.md).
-CLASSIC = "group.protocol=classic\n"
 
 
 @dataclass(frozen=True)
@@ -119,8 +116,6 @@ def setting(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _book_and_kill(scene: Scene, cell: Cell, reservations: int) -> None:
     scene.sweeper("sweeper")
-    if cell.protocol == "classic":
-        scene.worker_properties.write_text(CLASSIC, encoding="utf-8")
     relay = scene.relay("relay-1")
     scene.await_said(relay, "leading")
     standby = scene.relay("relay-2")
@@ -143,8 +138,6 @@ def _book_and_kill(scene: Scene, cell: Cell, reservations: int) -> None:
 
 def _protocol(scene: Scene) -> str:
     workers = [part for name, part in scene.parts.items() if name.startswith("worker")]
-    if scene.worker_properties.read_text("utf-8") == CLASSIC:
-        return "classic"
     fell_back = {said(worker, "classic_group") > 0 for worker in workers}
     if len(fell_back) != 1:
         raise DevstackError("some workers speak the classic protocol, others don't")

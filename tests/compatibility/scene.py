@@ -60,8 +60,6 @@ class Scene:
         self._environment = dict(environment or {})
         self._cleanup = ExitStack()
         self._crowds: list[Crowd] = []
-        self.worker_properties = stack.run.path / "worker.properties"
-        self.worker_properties.touch()
 
     def __enter__(self) -> Self:
         return self
@@ -97,9 +95,8 @@ class Scene:
         return self.begin(name, "outbox_relay", "run", tree=tree)
 
     def worker(self, name: str, tree: Path = REPOSITORY) -> Process:
-        """Start a worker, with `worker_properties`."""
-        env = {"KAFKA_PROPERTIES_FILE": str(self.worker_properties)}
-        return self.begin(name, "data_platform", "run", tree=tree, env=env)
+        """Start a worker."""
+        return self.begin(name, "data_platform", "run", tree=tree)
 
     def sweeper(self, name: str, tree: Path = REPOSITORY) -> Process:
         """Start what ends lapsed holds."""

@@ -69,8 +69,6 @@ def test_the_whole_way_goes_by_tls_and_no_secret_is_logged(stack: Stack) -> None
     with pytest.raises(psycopg.OperationalError, match="no pg_hba"):
         psycopg.connect(environment["ANALYST_DATABASE_URL"], sslmode="disable")
     with Scene(stack) as scene:
-        # As the stack's own, with the properties of TLS.
-        write(scene.worker_properties, secure(stack).client_properties())
         scene.command("reservation_service", "seed-demo")
         scene.sweeper("sweeper")
         scene.await_said(scene.relay("relay"), "leading")

@@ -79,12 +79,18 @@ def test_workers_join_and_leave_by_the_brokers_own_protocol(
     assert pause_s < PAUSE_LIMIT_S
 
 
+# One that knows the protocol and refuses it; and one that never heard of it, and says nothing.
+@pytest.mark.parametrize("version", ["4.3.0", "3.9.2"])
 def test_a_broker_without_that_protocol_is_joined_the_classic_way(
     make_platform: MakePlatform,
     make_kafka_cluster: MakeKafkaCluster,
     analytics_database: AnalyticsDatabase,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
 ) -> None:
-    cluster = make_kafka_cluster(1, {"group.coordinator.rebalance.protocols": "classic"})
+    monkeypatch.setenv("DEVSTACK_KAFKA", version)
+    refusal = {"group.coordinator.rebalance.protocols": "classic"}
+    cluster = make_kafka_cluster(1, refusal if version == "4.3.0" else None)
     cluster.create_topic("old", 3)
     platform = without_classic_settings(make_platform(analytics_database, cluster, "old"))
     events = history(50, seed=52)

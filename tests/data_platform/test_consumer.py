@@ -1,0 +1,119 @@
+"""How the source joins its group, and how sure it is before it stops a partition."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from data_platform import consumer
+from data_platform.consumer import Source
+from data_platform.topics import Span, StoredOffset, Topic, Topics
+from devstack.kafka import KafkaCluster
+from tests.conftest import UniqueTopic
+from tests.waiting import wait_until
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+MEMBER = {
+    "group.protocol": "consumer",
+    "auto.offset.reset": "error",
+    "enable.partition.eof": "true",
+}
+
+
+class CountingTopics(Topics):
+    """Counts how often it was asked who is in the group."""
+
+    asked = 0
+
+    def describe_group(self, group: str) -> "Future[Any]":
+        self.asked += 1
+        return super().describe_group(group)
+
+
+class LateTopics(Topics):
+    """Tells of ends that lie `late` records before the true ones, as a broker that just woke up."""
+
+    late = 0
+
+    def look(self, topic: str) -> Topic:
+        found = super().look(topic)
+        spans = {n: Span(span.first, span.end - self.late) for n, span in found.spans.items()}
+        return replace(found, spans=spans)
+
+
+def claim_at(next_offset: int) -> Callable[[str, str, Sequence[int]], dict[int, StoredOffset]]:
+    return lambda _topic, topic_id, numbers: {
+        n: StoredOffset(next_offset, topic_id) for n in numbers
+    }
+
+
+def turn(source: Source, next_offset: int = 0) -> bool:
+    """One turn of the worker's loop; whether a partition is placed."""
+    source.settle(claim_at(next_offset))
+    source.fetch(0.02)
+    return bool(source._placed)
+
+
+def test_who_gets_no_partition_stays_a_member_by_the_brokers_own_protocol(
+    kafka: KafkaCluster, unique_topic: UniqueTopic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumer, "JOIN_INTERVAL_S", 0.3)
+    topic = unique_topic(1)
+    client = {"bootstrap.servers": kafka.bootstrap_servers}
+    member = {**client, **MEMBER, "group.id": topic}
+    members = [
+        Source(
+            {**member, "group.protocol": "classic"},
+            CountingTopics(client),
+            [topic],
+            batch_rows=10,
+            batch_bytes=1000,
+            new_group=member,
+        )
+        for _ in range(2)
+    ]
+    asked = [source._topics for source in members]
+    said: list[str] = []
+    for source in members:
+        monkeypatch.setattr(source, "_join_the_classic_way", said.append)
+
+    def one_has_it_and_the_other_asks_and_asks() -> bool:
+        placed = [turn(source) for source in members]
+        if sum(placed) != 1:
+            return False
+        idle = asked[placed.index(False)]
+        assert isinstance(idle, CountingTopics)
+        return idle.asked > consumer.JOIN_ANSWERS + 2
+
+    wait_until(one_has_it_and_the_other_asks_and_asks, 30, "questions of who has no partition")
+    assert said == []
+    for source in members:
+        source.close()
+
+
+@pytest.mark.parametrize(("wakes_up", "stops"), [(True, False), (False, True)])
+def test_a_partition_stops_only_for_a_fault_that_is_found_again_and_again(
+    kafka: KafkaCluster,
+    unique_topic: UniqueTopic,
+    monkeypatch: pytest.MonkeyPatch,
+    wakes_up: bool,  # noqa: FBT001 - a parameter of the test
+    stops: bool,  # noqa: FBT001
+) -> None:
+    monkeypatch.setattr(consumer, "SURE_AFTER_S", 30.0 if wakes_up else 1.0)
+    topic = unique_topic(1)
+    client = {"bootstrap.servers": kafka.bootstrap_servers}
+    topics = LateTopics(client)
+    topics.late = 1
+    source = Source(
+        {**client, **MEMBER, "group.id": topic}, topics, [topic], batch_rows=10, batch_bytes=1000
+    )
+    wait_until(lambda: turn(source) or bool(source._suspected_since_s), 30, "a suspicion")
+    assert not source.stopped
+    if wakes_up:
+        topics.late = 0
+    wait_until(lambda: turn(source) or bool(source.stopped), 20, "a decision")
+    assert bool(source.stopped) == stops
+    source.close()
