@@ -21,17 +21,17 @@ FROM installer AS environment
 RUN python -m venv --without-pip /app
 
 FROM environment AS service-installed
-RUN pip --python /app/bin/python install --quiet --require-hashes -r requirements/service.txt
+RUN pip --python /app/bin/python install --quiet --require-hashes -r requirements/service.txt -r requirements/tracing.txt
 COPY --from=build /build/dist/ dist/
 RUN pip --python /app/bin/python install --quiet --no-deps dist/*.whl
 
 FROM environment AS relay-installed
-RUN pip --python /app/bin/python install --quiet --require-hashes -r requirements/relay.txt
+RUN pip --python /app/bin/python install --quiet --require-hashes -r requirements/relay.txt -r requirements/tracing.txt
 COPY --from=build /build/dist/ dist/
 RUN pip --python /app/bin/python install --quiet --no-deps dist/*.whl
 
 FROM environment AS worker-installed
-RUN pip --python /app/bin/python install --quiet --require-hashes -r requirements/loader.txt
+RUN pip --python /app/bin/python install --quiet --require-hashes -r requirements/loader.txt -r requirements/tracing.txt
 COPY --from=build /build/dist/ dist/
 RUN pip --python /app/bin/python install --quiet --no-deps dist/*.whl
 

@@ -75,7 +75,7 @@ lock: $(INSTALLED) ## compile the lock files again from pyproject.toml
 	@COMPILE="$(BIN)/uv pip compile --quiet --generate-hashes --no-header --universal --python-version 3.11 --no-emit-find-links --upgrade"; \
 	$$COMPILE pyproject.toml --all-extras --group dev -o requirements/dev.txt; \
 	$$COMPILE --group pyproject.toml:build -c requirements/dev.txt -o requirements/build.txt; \
-	for extra in service relay loader; do $$COMPILE pyproject.toml --extra $$extra -c requirements/dev.txt -o requirements/$$extra.txt; done
+	for extra in service relay loader tracing; do $$COMPILE pyproject.toml --extra $$extra -c requirements/dev.txt -o requirements/$$extra.txt; done
 
 contracts: $(INSTALLED) ## generate contracts/asyncapi.yaml and contracts/analytics.odcs.yaml again
 	@exec $(RUN) contracts

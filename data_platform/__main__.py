@@ -20,7 +20,7 @@ from importlib.metadata import version
 from logging import getLogger
 from pathlib import Path
 from traceback import extract_tb
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import psycopg
@@ -43,6 +43,9 @@ from data_platform.reconcile import reconcile as run_reconcile
 from data_platform.status import Status, read_status
 from data_platform.topics import Topics
 from data_platform.worker import Worker
+
+if TYPE_CHECKING:
+    from data_platform.tracing import Traces
 
 SHOWN_DIFFERENCES = 100
 
@@ -131,6 +134,7 @@ def run() -> None:
         settings = config.load(config.Settings)
         logs.set_up(settings.log_level)
         source = _source(settings)
+        traces = _traces(settings)
         health = Health(
             Notifier(settings.notify_socket, settings.watchdog_usec, settings.watchdog_pid)
         )
@@ -139,13 +143,32 @@ def run() -> None:
     loader = Loader(settings.analytics_database_url.get_secret_value())
     _begin_telling_freshness(settings, health)
     try:
-        Worker(source, loader, _decoders(settings), health).run()
+        Worker(source, loader, _decoders(settings), health, traces=traces).run()
+        if traces is not None:
+            traces.close()
     except Exception as error:  # noqa: BLE001 - told, and the end of the process
         # Where, and what kind; a traceback's last line may quote the record.
         where = [f"{frame.filename}:{frame.lineno}" for frame in extract_tb(error.__traceback__)]
         fault = structlog.get_logger("data_platform")
         fault.critical("ended by a fault of ours", cause=told(error), where=where)
         sys.exit(1)
+
+
+def _traces(settings: config.Settings) -> "Traces | None":
+    """Return where spans go; None when traces are off, which nothing is imported for."""
+    if settings.traces_variable is None:
+        return None
+    try:
+        from data_platform.tracing import Traces  # noqa: PLC0415
+
+        return Traces(settings.data_platform_group)
+    except ImportError as error:
+        raise config.ConfigurationError(
+            f"{settings.traces_variable} is set, but OpenTelemetry is not installed: expected "
+            "what requirements/tracing.txt pins, the extra concert-reservation[tracing]"
+        ) from error
+    except ValueError as error:
+        raise config.ConfigurationError(f"an OTEL_ variable has a wrong value: {error}") from error
 
 
 def _begin_telling_freshness(settings: config.Settings, health: Health) -> None:

@@ -142,10 +142,24 @@ class Settings(TopicSettings):
         int, Field(ge=1, le=2**28, description="1 to 268435456 bytes")
     ] = 2**24
 
+    # OpenTelemetry reads these two and its others itself; traces are on when one of them is set.
+    otel_exporter_otlp_endpoint: Annotated[
+        str, Field(pattern=r"^(https?://.+)?$", description="an HTTP(S) URL")
+    ] = ""
+    otel_exporter_otlp_traces_endpoint: Annotated[
+        str, Field(pattern=r"^(https?://.+)?$", description="an HTTP(S) URL")
+    ] = ""
+
     # Set by systemd.
     notify_socket: Annotated[str, Field(description="a socket's path, or @name")] = ""
     watchdog_usec: Annotated[int, Field(ge=0, description="microseconds")] = 0
     watchdog_pid: Annotated[int, Field(ge=0, description="a process id")] = 0
+
+    @property
+    def traces_variable(self) -> str | None:
+        """The variable that says where spans go; None when traces are off."""
+        names = "otel_exporter_otlp_traces_endpoint", "otel_exporter_otlp_endpoint"
+        return next((name.upper() for name in names if getattr(self, name)), None)
 
     def consumer_properties(self) -> dict[str, str]:
         """Return librdkafka's properties for a consumer by the classic group protocol."""

@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -26,6 +27,9 @@ from data_platform.events import Decoder
 from data_platform.health import Health
 from data_platform.loader import Loaded, Loader
 from data_platform.star import Rows, rows_of
+
+if TYPE_CHECKING:
+    from data_platform.tracing import Traces
 
 POLL_WAIT_S = 0.2
 # While a batch is on its way: soon enough to see how it ended.
@@ -50,12 +54,20 @@ class Worker:
     """One member of the group; any number of them share the partitions."""
 
     def __init__(
-        self, source: Source, loader: Loader, decoders: Mapping[str, Decoder], health: Health
+        self,
+        source: Source,
+        loader: Loader,
+        decoders: Mapping[str, Decoder],
+        health: Health,
+        *,
+        traces: "Traces | None" = None,
     ) -> None:
         self._source = source
         self._loader = loader
         self._decoders = decoders
         self._health = health
+        self._traces = traces
+        self._begun_ns = 0
         self._stopping = threading.Event()
         self._wait_s = FIRST_WAIT_S
         self._waiting_for: str | None = None
@@ -100,10 +112,12 @@ class Worker:
             self._source.settle(self._loader.claim)
         slices = self._source.fetch(UNDER_WAY_POLL_S if self._under_way else POLL_WAIT_S)
         if slices:
+            begun_ns = time.time_ns()
             batch = decode(slices, self._decoders)
             rows = rows_of(batch.rows)
             self._source.confirm(slices)
             self._finish()
+            self._begun_ns = begun_ns
             self._under_way = self._pool.submit(self._load, batch, rows)
         elif self._under_way is not None and self._under_way.done():
             self._finish()
@@ -121,6 +135,8 @@ class Worker:
             loaded = under_way.result()
             self._source.commit(loaded.slices)
             self._count(loaded)
+            if self._traces is not None and not loaded.dead_letters:
+                self._traces.loaded(loaded.slices, self._begun_ns)
             # A turn without records says nothing of a load that fails: they may just not be there
             # yet.
             self._recovered()

@@ -48,7 +48,7 @@ flock --nonblock 9 || fail "another install.sh runs"
 
 # ---- the release
 
-requirements=("$here"/../requirements/{service,relay,loader}.txt)
+requirements=("$here"/../requirements/{service,relay,loader,tracing}.txt)
 version=$(basename "$wheel" | cut -d- -f2)
 name=$version-$(cat "$wheel" "${requirements[@]}" | sha256sum | cut -c1-12)
 release=$base/releases/$name

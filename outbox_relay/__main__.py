@@ -10,7 +10,7 @@ if sys.argv[1:2] == ["run"]:  # nothing is in hand yet; it sets a handler of its
 
 import json
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 import psycopg
@@ -36,6 +36,9 @@ from outbox_relay.relay import Relay, StuckError
 from outbox_relay.retention import Retention
 from outbox_relay.stopping import Stop, StopOverdueError
 
+if TYPE_CHECKING:
+    from outbox_relay.tracing import Traces
+
 # What isn't our fault: a line tells it, no traceback.
 FAILURES = (RefusedError, psycopg.Error, KafkaException, producer.PublishError, TimeoutError)
 
@@ -57,7 +60,8 @@ def run() -> None:
     logs.configure(settings.log_level)
     structlog.contextvars.bind_contextvars(relay=settings.outbox_relay_name)
     notifier = Notifier(settings.notify_socket, settings.watchdog_usec, settings.watchdog_pid)
-    relay = Relay(settings, Stop(), metrics.Metrics(), notifier)
+    traces = _traces(settings)
+    relay = Relay(settings, Stop(), metrics.Metrics(), notifier, traces)
     if settings.metrics_port:
         try:
             metrics.serve(relay.metrics, settings.metrics_host, settings.metrics_port)
@@ -68,6 +72,8 @@ def run() -> None:
             ) from error
     try:
         relay.run()
+        if traces is not None:
+            traces.close()
     except StopOverdueError:
         structlog.get_logger().warning("stopped with work in flight; it will be read again")
         notifier.stopping()
@@ -78,6 +84,23 @@ def run() -> None:
         notifier.stopping()
         os._exit(1)
     notifier.stopping()
+
+
+def _traces(settings: Settings) -> "Traces | None":
+    """Return where spans go; None when traces are off, which nothing is imported for."""
+    if settings.traces_variable is None:
+        return None
+    try:
+        from outbox_relay.tracing import Traces  # noqa: PLC0415
+
+        return Traces()
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{settings.traces_variable} is set, but OpenTelemetry is not installed: expected"
+            " what requirements/tracing.txt pins, the extra concert-reservation[tracing]"
+        ) from error
+    except ValueError as error:
+        raise ConfigurationError(f"an OTEL_ variable has a wrong value: {error}") from error
 
 
 @cli.command("topics")

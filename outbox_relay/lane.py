@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import psycopg
 import structlog
@@ -25,6 +26,9 @@ from outbox_relay.pace import Pace
 from outbox_relay.producer import Channel, PublishError, RecordRefusedError, StoppedError
 from outbox_relay.quarantine import Quarantine
 from outbox_relay.reader import Chunk, Position
+
+if TYPE_CHECKING:
+    from outbox_relay.tracing import Spans, Traces
 
 # After news a lane asks again at once, for more may follow; then it waits to be told.
 HOT_S = 0.1
@@ -48,7 +52,14 @@ class Lane(threading.Thread):
     """Publishes `topic` for one term; `failure` is what ended it."""
 
     def __init__(
-        self, settings: Settings, term: Term, topic: str, metrics: Metrics, outage: Outage
+        self,
+        settings: Settings,
+        term: Term,
+        topic: str,
+        metrics: Metrics,
+        outage: Outage,
+        *,
+        traces: "Traces | None" = None,
     ) -> None:
         super().__init__(name=f"lane {topic}", daemon=True)
         self.topic = topic
@@ -72,6 +83,8 @@ class Lane(threading.Thread):
         self._last_news_s = self._last_extra_s = time.monotonic()
         self._waits_since_s: float | None = None
         self._pace = Pace()
+        self._traces = traces
+        self._spans: Spans | None = None
         self._connection: psycopg.Connection | None = None
 
     @property
@@ -149,6 +162,7 @@ class Lane(threading.Thread):
     def _session(self, connection: psycopg.Connection) -> Iterator[tuple[Delivery, Quarantine]]:
         settings = self._settings
         make = ExactlyOnce if settings.outbox_relay_delivery == "exactly_once" else AtLeastOnce
+        self._spans = self._traces.of(self.topic) if self._traces is not None else None
         channel = Channel(
             topic=self.topic,
             settings=settings,
@@ -201,6 +215,8 @@ class Lane(threading.Thread):
 
     def _send(self, delivery: Delivery, chunk: Chunk) -> None:
         if chunk.rows:
+            if self._spans is not None:
+                self._spans.sent(chunk.rows)
             delivery.send(chunk)
         else:
             delivery.move(chunk.position)
@@ -238,6 +254,8 @@ class Lane(threading.Thread):
         until_s, released = time.monotonic() + RELEASE_MAX_S, 0
         while time.monotonic() < until_s and (ready := quarantine.ready(self._chunk_rows)):
             self._wait_for_the_lease()
+            if self._spans is not None:
+                self._spans.sent(ready)
             delivery.publish_released(ready)
             quarantine.published(ready)
             released += len(ready)
@@ -255,6 +273,8 @@ class Lane(threading.Thread):
         self.outage.end_of(Exception)
         self._brokers.recovered()
         self._metrics.published(self.topic, rows, oldest_age_s)
+        if self._spans is not None:
+            self._spans.published(rows)
 
     def _progress(self) -> None:
         self._metrics.progressed(self.topic)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import psycopg
 import structlog
@@ -27,6 +28,9 @@ from outbox_relay.outages import Outage
 from outbox_relay.reach import Reach
 from outbox_relay.replicas import Replicas
 from outbox_relay.stopping import Stop
+
+if TYPE_CHECKING:
+    from outbox_relay.tracing import Traces
 
 STANDBY_INTERVAL_S = 0.5
 # Lanes are looked after so often.
@@ -71,6 +75,7 @@ class Relay:
     stop: Stop
     metrics: Metrics
     notifier: Notifier
+    traces: "Traces | None" = None
     _outages: dict[str, Outage] = field(init=False, default_factory=dict)
     _refused: set[str] = field(init=False, default_factory=set)
     _said_leading: bool = field(init=False, default=False)
@@ -211,7 +216,9 @@ class Relay:
         for (topic,) in connection.execute(sql.TOPICS, {"name": term.name}):
             if topic not in lanes:
                 outage = self._outages.setdefault(topic, Outage(topic=topic))
-                lanes[topic] = Lane(self.settings, term, topic, self.metrics, outage)
+                lanes[topic] = Lane(
+                    self.settings, term, topic, self.metrics, outage, traces=self.traces
+                )
                 lanes[topic].start()
             lanes[topic].confirm(asked_at_s)
 

@@ -309,7 +309,7 @@ def _customer() -> str:
 
 
 def traceparent() -> str | None:
-    """Return what the request says of its trace, as it came."""
+    """Return the request's trace context: as it came, or our own span's (tracing.py)."""
     return request.headers.get("traceparent")
 
 

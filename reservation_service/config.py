@@ -67,6 +67,9 @@ class Settings(BaseSettings):
     writes_per_minute: int = Field(0, alias="RESERVATION_WRITES_PER_MINUTE", ge=0)
     # As OpenTelemetry hands a trace on to a program; an invalid one is not passed on.
     traceparent: str | None = Field(None, alias="TRACEPARENT")
+    # OpenTelemetry reads these two and its others itself; traces are on when one of them is set.
+    traces_endpoint: HttpUrl | None = Field(None, alias="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    otlp_endpoint: HttpUrl | None = Field(None, alias="OTEL_EXPORTER_OTLP_ENDPOINT")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", alias="LOG_LEVEL")
 
     @field_validator("log_level", mode="before")
@@ -105,6 +108,13 @@ class Settings(BaseSettings):
         except psycopg.ProgrammingError:  # its text would show the password
             raise ValueError("expected a connection URL, postgresql://…") from None
         return value
+
+    @property
+    def traces_variable(self) -> str | None:
+        """The variable that says where spans go; None when traces are off."""
+        names = "traces_endpoint", "otlp_endpoint"
+        set_one = next((name for name in names if getattr(self, name)), None)
+        return set_one and type(self).model_fields[set_one].alias
 
     def required(self, field: Literal["owner_database_url", "database_url", "secret_key"]) -> str:
         """Return a secret that the command can't do without.

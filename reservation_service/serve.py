@@ -11,8 +11,9 @@ import select
 import shutil
 import socket
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flask import Flask
 from gunicorn.app.base import BaseApplication  # type: ignore[import-untyped]
@@ -20,9 +21,12 @@ from gunicorn.config import Config  # type: ignore[import-untyped]
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 
 import migrations
-from reservation_service.config import Settings, is_loopback
+from reservation_service.config import ConfigurationError, Settings, is_loopback
 from reservation_service.database import make_pool
 from reservation_service.slow_clients import Worker
+
+if TYPE_CHECKING:
+    from reservation_service.tracing import Traces
 
 THREADS_PER_WORKER = 8
 GRACEFUL_TIMEOUT_S = 8
@@ -89,13 +93,36 @@ class _Server(BaseApplication):  # type: ignore[misc]
         url = self._settings.required("database_url")
         pool = make_pool(url, THREADS_PER_WORKER, MeasuredPool)
         pool.open(wait=False)
-        self.cfg.set("worker_exit", lambda _server, _worker: pool.close())
-        return create_app(
+        ends_with_it = ExitStack()
+        ends_with_it.callback(pool.close)
+        self.cfg.set("worker_exit", lambda _server, _worker: ends_with_it.close())
+        app = create_app(
             self._settings,
             pool,
             outdated_schemas=self._outdated_schemas,
             metrics_directory=self._metrics,
         )
+        if traces := _traces(self._settings):
+            ends_with_it.callback(traces.close)
+            traces.follow(app)
+        return app
+
+
+def _traces(settings: Settings) -> "Traces | None":
+    """Return where spans go; None when traces are off, which nothing is imported for."""
+    if settings.traces_variable is None:
+        return None
+    try:
+        from reservation_service.tracing import Traces  # noqa: PLC0415
+
+        return Traces()
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{settings.traces_variable} is set, but OpenTelemetry is not installed: expected "
+            "what requirements/tracing.txt pins, the extra concert-reservation[tracing]"
+        ) from error
+    except ValueError as error:
+        raise ConfigurationError(f"an OTEL_ variable has a wrong value: {error}") from error
 
 
 def _allow_files(wanted: int) -> int:
@@ -121,10 +148,12 @@ def serve(settings: Settings, host: str, port: int, workers: int) -> None:
     """Serve until SIGTERM or SIGINT; ends the process.
 
     Raises:
-        ConfigurationError: a variable that serving needs is missing.
+        ConfigurationError: a variable that serving needs is missing or wrong.
     """
     settings.required("database_url")
     settings.required("secret_key")
+    if traces := _traces(settings):
+        traces.close()  # tried here, where what is wrong can be told in a line
     if not is_loopback(host):
         settings.check_for_strangers()
     folder = tempfile.mkdtemp(prefix="reservation-service-metrics-")

@@ -263,7 +263,7 @@ WORKER_THAT_FAILS = """
 from data_platform import __main__ as command
 
 class Worker:
-    def __init__(self, *_): pass
+    def __init__(self, *_, **__): pass
     def run(self): raise KeyError("customer-4711")
 
 command.Worker = Worker

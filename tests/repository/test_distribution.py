@@ -76,11 +76,15 @@ sys.meta_path.insert(0, Installed())
 for name in package.split(","):
     root = importlib.import_module(name)
     for module in pkgutil.walk_packages(root.__path__, f"{name}."):
-        if module.name != "migrations.env":  # runs only inside a migration
-            importlib.import_module(module.name)
+        if module.name == "migrations.env":  # runs only inside a migration
+            continue
+        if module.name.endswith(".tracing") and "opentelemetry-sdk" not in allowed:
+            continue  # imported only where traces are on
+        importlib.import_module(module.name)
 """
 
 
+@pytest.mark.parametrize("more", [(), ("tracing",)])
 @pytest.mark.parametrize(
     ("lock", "packages"),
     [
@@ -89,8 +93,11 @@ for name in package.split(","):
         ("loader", "data_platform,migrations"),
     ],
 )
-def test_a_part_runs_with_what_its_own_lock_installs(lock: str, packages: str) -> None:
-    text = (ROOT / "requirements" / f"{lock}.txt").read_text(encoding="utf-8")
+def test_a_part_runs_with_what_its_own_lock_installs(
+    lock: str, packages: str, more: tuple[str, ...]
+) -> None:
+    locks = [ROOT / "requirements" / f"{name}.txt" for name in (lock, *more)]
+    text = "".join(path.read_text(encoding="utf-8") for path in locks)
     locked = re.findall(r"^([a-z0-9._-]+)==", text, flags=re.MULTILINE)
     done = subprocess.run(
         [sys.executable, "-c", ONLY_LOCKED, packages, *locked],
@@ -115,4 +122,7 @@ def test_a_lock_pins_everything_with_hashes_and_names_no_index(lock: Path) -> No
 
 
 def test_every_part_has_a_lock_of_its_own() -> None:
-    assert {lock.stem for lock in LOCKS} == {"dev", "build", "service", "relay", "loader"}
+    assert {lock.stem for lock in LOCKS} == {
+        *("dev", "build"),
+        *("service", "relay", "loader", "tracing"),
+    }
