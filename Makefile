@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo up stack test compose-test systemd-test compatibility check lint format lock contracts variables model wheel bench chaos chaos-mutants screenshots clean
+.PHONY: help install demo up stack test compose-test systemd-test compatibility upgrade-test check lint format lock contracts variables model wheel bench chaos chaos-mutants screenshots clean
 
 PYTHON ?= python3
 BROKERS ?= 1
@@ -59,6 +59,9 @@ systemd-test: $(INSTALLED) ## install on a real systemd; kill, freeze, starve, u
 
 compatibility: $(INSTALLED) ## the product on PostgreSQL 15, 16, 18 and Kafka 4.3, 3.9, 3.9 with ZooKeeper
 	@DEVSTACK_PARENT=$$PPID exec $(RUN) tests.compatibility
+
+upgrade-test: $(INSTALLED) ## the version before beside this one, under load, and back (FROM= another commit)
+	@DEVSTACK_PARENT=$$PPID exec $(RUN) tests.compatibility.upgrade $(if $(FROM),--from $(FROM))
 
 check: $(INSTALLED) ## the quick tests and lint, in under a minute, without any server
 	@$(RUN) ruff check --quiet . && $(RUN) ruff format --quiet --check . && exec $(RUN) pytest -q -m "not needs_postgres and not needs_kafka"

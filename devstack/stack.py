@@ -28,10 +28,16 @@ class Stack:
 
     `start` makes it; afterwards `environment` holds the variables of `.devstack/env`. The end of
     the `with` block ends every program and removes the run's folder.
+
+    Args:
+        brokers: 1 or 3.
+        steps: told what goes on.
+        tree: the source tree whose programs are run; another one for another version.
     """
 
-    def __init__(self, brokers: int, steps: Steps) -> None:
+    def __init__(self, brokers: int, steps: Steps, *, tree: Path = REPOSITORY) -> None:
         self._steps = steps
+        self._tree = tree
         self.environment: dict[str, str] = {}
         with ExitStack() as cleanup:
             self.run = cleanup.enter_context(Run())
@@ -96,7 +102,7 @@ class Stack:
             name=name,
             log=self.run.path / f"{name}.log",
             env=self.child_environment() | dict(env or {}),
-            cwd=REPOSITORY,
+            cwd=self._tree,
             keep_fds=[self.run.lock_fd, *keep_fds],
         )
 

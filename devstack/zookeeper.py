@@ -13,6 +13,8 @@ from devstack.state import Run, free_port, port_answers
 ZOOKEEPER_TIMEOUT_S = 30.0
 SESSION_TIMEOUT_MS = 4_000
 TICK_MS = 1_000
+# Kafka's exit code for an error while it starts.
+REFUSED = 1
 KRAFT_ONLY = ("process.roles", "node.id", "controller.", "broker.session", "broker.heartbeat")
 
 
@@ -84,6 +86,11 @@ class ZooKeeperKafka(KafkaCluster):
         }
 
     def _joined(self) -> bool:
+        for broker in self.brokers:
+            # Who was killed is refused as long as ZooKeeper holds on to its old session.
+            process = broker.process
+            if isinstance(process, Process) and process.exit_code == REFUSED and self._came_up:
+                broker.launch()
         # The first broker makes it up, and writes it down.
         self._cluster_id = self._written_cluster_id() or self._cluster_id
         return super()._joined()

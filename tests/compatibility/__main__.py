@@ -5,7 +5,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import click
@@ -13,12 +12,10 @@ import click
 from devstack.__main__ import ending_well
 from devstack.processes import DevstackError
 from devstack.steps import Steps
+from tests.compatibility import pages
 from tests.compatibility.matrix import CELLS, RESERVATIONS, problems, run_cell
 
-DOCS = Path(__file__).parents[2] / "docs"
-RESULTS = DOCS / "compatibility.json"
-PAGE = DOCS / "compatibility.md"
-BEGIN, END = "<!-- matrix: written by make compatibility -->", "<!-- end of matrix -->"
+RESULTS = pages.DOCS / "compatibility.json"
 COLUMNS = {
     "PostgreSQL": "postgres",
     "Kafka": "kafka",
@@ -64,21 +61,14 @@ def write(rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the results, and the table of them into the page."""
     results = {"date": datetime.now(UTC).date().isoformat(), "cells": list(rows)}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    before, _, rest = PAGE.read_text("utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    PAGE.write_text(f"{before}{BEGIN}\n{table(results)}{END}{after}", encoding="utf-8")
+    pages.write("matrix", table(results))
 
 
 def table(results: Mapping[str, Any]) -> str:
     """Return the results as Markdown."""
     run, agree = len(results["cells"]), sum(r["result"] == "agrees" for r in results["cells"])
     said = f"{results['date']}: {run} of {len(CELLS)} cells run, {agree} agree."
-    lines = [said, "", f"| {' | '.join(COLUMNS)} |"]
-    lines.append(f"|{'---|' * len(COLUMNS)}")
-    for row in results["cells"]:
-        cells = (str(row.get(name, "")).replace("_", " ") for name in COLUMNS.values())
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return f"{said}\n\n{pages.table(COLUMNS, results['cells'])}"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.compatibility.__main__ import BEGIN, END, PAGE, RESULTS, table
+from tests.compatibility import pages, upgrade
+from tests.compatibility.__main__ import RESULTS, table
 from tests.compatibility.matrix import CELLS, problems
 
 GOOD: dict[str, Any] = {
@@ -47,6 +48,6 @@ def test_a_result_that_is_not_as_it_must_be_is_a_problem(bad: dict[str, Any]) ->
 
 
 def test_the_page_shows_the_results_as_they_were_written() -> None:
-    page = PAGE.read_text("utf-8")
-    shown = page.partition(BEGIN)[2].partition(END)[0].lstrip("\n")
-    assert shown == table(json.loads(RESULTS.read_text("utf-8")))
+    assert pages.written("matrix") == table(json.loads(RESULTS.read_text("utf-8")))
+    upgrades = json.loads(upgrade.RESULTS.read_text("utf-8"))
+    assert pages.written("upgrades") == upgrade.table(upgrades)
