@@ -398,7 +398,10 @@ def _examine_kafka(
         yield Finding("error", "kafka", found, "see KAFKA_BOOTSTRAP_SERVERS and the brokers")
         return
     yield _brokers(cluster)
-    specs = {spec.name: spec for spec in topics.wanted_topics(settings.cursor_topic)}
+    # The product's own topics only where the outbox takes them: see docs/adopt.md.
+    served = {*allowed_bytes, settings.cursor_topic}
+    ours = topics.wanted_topics(settings.cursor_topic)
+    specs = {spec.name: spec for spec in ours if not allowed_bytes or spec.name in served}
     wanted = {*specs, *allowed_bytes}
     for name in sorted(wanted - cluster.topics.keys()):
         to_do = "outbox-relay topics" if name in specs else "make it, or DELETE FROM outbox_topics"
