@@ -89,7 +89,7 @@ class Service:
         return cls(
             pool=pool,
             secrets=Secrets(
-                settings.required("secret_key"),
+                (settings.required("secret_key"), *settings.previous_secret_keys),
                 admin.get_secret_value() if admin else None,
                 KeySet(source) if source else None,
             ),

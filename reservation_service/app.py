@@ -82,6 +82,7 @@ def create_app(
     app = Flask(__name__)
     app.config.update(
         SECRET_KEY=settings.required("secret_key"),
+        SECRET_KEY_FALLBACKS=settings.previous_secret_keys,
         MAX_CONTENT_LENGTH=api.BODY_MAX_BYTES,
         MAX_FORM_PARTS=1_000,
         SESSION_COOKIE_NAME="reservation_guest",

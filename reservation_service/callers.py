@@ -8,6 +8,7 @@ import hmac
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -25,9 +26,12 @@ BEARER = re.compile(r"bearer +(.+)", re.IGNORECASE | re.ASCII)
 
 
 class Secrets(NamedTuple):
-    """What callers are checked against; without an admin token there is no admin."""
+    """What callers are checked against; without an admin token there is no admin.
 
-    secret_key: str
+    `secret_keys` are the present one and the one before, if its tokens still count.
+    """
+
+    secret_keys: tuple[str, ...]
     admin_token: str | None
     keys: KeySet | None = None
 
@@ -101,7 +105,7 @@ def _is_admin(token: str, secrets: Secrets) -> bool:
 
 def _customer_of(token: str, secrets: Secrets) -> str:
     try:
-        read = _read_own(token, secrets.secret_key) or _read_foreign(token, secrets.keys)
+        read = _read_own(token, secrets.secret_keys) or _read_foreign(token, secrets.keys)
     except (jwt.PyJWTError, ValueError):
         # Which check failed is of use only to somebody who forges.
         raise unauthenticated("The token is not valid.") from None
@@ -111,7 +115,7 @@ def _customer_of(token: str, secrets: Secrets) -> str:
 
 
 @lru_cache(TOKENS_KEPT)
-def _read_own(token: str, secret_key: str) -> Read | None:
+def _read_own(token: str, secret_keys: tuple[str, ...]) -> Read | None:
     """Read a token of our secret; None: it says that it is signed otherwise.
 
     Kept, because reading it takes as long as the rest of a booking outside the database. A bad one
@@ -122,7 +126,10 @@ def _read_own(token: str, secret_key: str) -> Read | None:
     """
     if jwt.get_unverified_header(token).get("alg") != "HS256":
         return None
-    return _read(token, "HS256", secret_key)
+    for secret_key in secret_keys[:-1]:
+        with suppress(jwt.InvalidSignatureError):
+            return _read(token, "HS256", secret_key)
+    return _read(token, "HS256", secret_keys[-1])
 
 
 def _read_foreign(token: str, keys: KeySet | None) -> Read:

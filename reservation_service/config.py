@@ -20,6 +20,7 @@ SECRETS = (
     "RESERVATION_OWNER_DATABASE_URL",
     "RESERVATION_DATABASE_URL",
     "RESERVATION_SECRET_KEY",
+    "RESERVATION_SECRET_KEY_PREVIOUS",
     "RESERVATION_ADMIN_TOKEN",
 )
 SECRET_KEY_MIN_BYTES = 32
@@ -54,6 +55,8 @@ class Settings(BaseSettings):
     owner_database_url: SecretStr | None = Field(None, alias="RESERVATION_OWNER_DATABASE_URL")
     database_url: SecretStr | None = Field(None, alias="RESERVATION_DATABASE_URL")
     secret_key: SecretStr | None = Field(None, alias="RESERVATION_SECRET_KEY")
+    # Signs nothing any more: what it has signed is still believed, see docs/operations.md.
+    previous_secret_key: SecretStr | None = Field(None, alias="RESERVATION_SECRET_KEY_PREVIOUS")
     admin_token: SecretStr | None = Field(None, alias="RESERVATION_ADMIN_TOKEN")
     jwks_url: HttpUrl | None = Field(None, alias="RESERVATION_JWKS_URL")
     jwks_file: Path | None = Field(None, alias="RESERVATION_JWKS_FILE")
@@ -77,7 +80,7 @@ class Settings(BaseSettings):
     def _upper(cls, value: object) -> object:
         return value.upper() if isinstance(value, str) else value
 
-    @field_validator("secret_key")
+    @field_validator("secret_key", "previous_secret_key")
     @classmethod
     def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
         if value and len(value.get_secret_value().encode()) < SECRET_KEY_MIN_BYTES:
@@ -116,6 +119,11 @@ class Settings(BaseSettings):
         set_one = next((name for name in names if getattr(self, name)), None)
         return set_one and type(self).model_fields[set_one].alias
 
+    @property
+    def previous_secret_keys(self) -> list[str]:
+        """The keys of before, whose signatures still count: one or none."""
+        return [key.get_secret_value() for key in [self.previous_secret_key] if key]
+
     def required(self, field: Literal["owner_database_url", "database_url", "secret_key"]) -> str:
         """Return a secret that the command can't do without.
 
@@ -141,6 +149,7 @@ class Settings(BaseSettings):
         """
         for name, secret, least in (
             ("RESERVATION_SECRET_KEY", self.secret_key, SECRET_KEY_MIN_BYTES),
+            ("RESERVATION_SECRET_KEY_PREVIOUS", self.previous_secret_key, SECRET_KEY_MIN_BYTES),
             ("RESERVATION_ADMIN_TOKEN", self.admin_token, ADMIN_TOKEN_MIN_BYTES),
         ):
             text = secret.get_secret_value() if secret else None

@@ -1,6 +1,7 @@
 """Secrets that others may know are refused before others can reach the service."""
 
 import json
+import secrets
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -9,16 +10,22 @@ from typing import Any
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
+from flask.sessions import SecureCookieSessionInterface
+from flask.testing import FlaskClient
 from jwt.algorithms import RSAAlgorithm
+from pydantic import SecretStr
 
 from reservation_service import config, jwks
+from reservation_service.callers import make_token
 from reservation_service.config import ConfigurationError, Settings
 from reservation_service.jwks import KeySet
+from tests.reservation_service.conftest import MakeClient
 from tests.reservation_service.house import SECRET_KEY
 from tests.reservation_service.test_commands import run
 
 GOOD_KEY = "T5tqfYv0v1kq6uXb2mC4dJ8hWz3nRg7LpAeSxQyKcUo="
 GOOD_TOKEN = "0d2f7c9ab4e15638"
+OWN = "/api/reservations"
 URL = "postgresql://nobody@127.0.0.1:1/nothing"
 
 
@@ -148,3 +155,41 @@ def test_keys_by_http_are_fetched_when_an_unknown_one_comes_and_outlive_their_pr
     assert key_set.find("newer", "RS256")
     assert key_set.find("unknown", "RS256") is None
     assert key_set.find("new", "RS256")
+
+
+def test_what_the_secret_before_has_signed_counts_until_it_is_taken_away(
+    make_client: MakeClient,
+) -> None:
+    before, now = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+    old, rotated, alone = (
+        make_client(secret_key=before),
+        make_client(secret_key=now, previous_secret_key=before),
+        make_client(secret_key=now),
+    )
+
+    def answers(token: str, cookie: str) -> list[tuple[int, int]]:
+        found = []
+        for client in (old, rotated, alone):
+            by_token = client.get(OWN, headers={"Authorization": f"Bearer {token}"})
+            client.set_cookie("reservation_guest", cookie)
+            found.append((by_token.status_code, client.get(OWN).status_code))
+        return found
+
+    def signed_by(client: FlaskClient) -> str:
+        signing = SecureCookieSessionInterface().get_signing_serializer(client.application)
+        assert signing
+        return str(signing.dumps({"guest_id": "guest-1"}))
+
+    # Cookies are asked for where there is no token.
+    good, bad = (200, 200), (401, 401)
+    assert answers(make_token("c1", before, 60), signed_by(old)) == [good, good, bad]
+    # The new one signs: the old one's holders can't.
+    assert answers(make_token("c1", now, 60), signed_by(rotated)) == [bad, good, good]
+
+
+def test_the_secret_before_is_as_secret_as_the_present_one() -> None:
+    with pytest.raises(ConfigurationError, match="RESERVATION_SECRET_KEY_PREVIOUS"):
+        Settings(
+            secret_key=SecretStr(secrets.token_urlsafe(32)),
+            previous_secret_key=SecretStr("change-me-change-me-change-me-change-me"),
+        ).check_for_strangers()
