@@ -12,10 +12,11 @@ SEED ?= 1
 PORT ?= 8000
 PEERS ?= 0
 SIZE ?= standard
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
-INSTALLED := .venv/installed
-export PATH := $(CURDIR)/$(BIN):$(PATH)
+INSTALLED := $(VENV)/installed
+export PATH := $(abspath $(BIN)):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## list the targets
@@ -25,9 +26,10 @@ install: $(INSTALLED) ## .venv with the locked dependencies, the package and its
 
 # The stamp is written last: an install that was killed half-way is done again.
 $(INSTALLED): pyproject.toml requirements/dev.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "needs Python 3.11 or newer; say which with PYTHON=" >&2; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing the locked dependencies into .venv"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "needs Python 3.11 or newer; say which with PYTHON=" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "needs Python's venv: install python3-venv" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the locked dependencies into $(VENV)"
 	@$(RUN) pip install --quiet --require-hashes -r requirements/dev.txt
 	@$(RUN) pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@

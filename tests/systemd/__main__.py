@@ -353,7 +353,7 @@ def pack(folder: Path) -> list[str]:
     for name in ("deploy", "requirements"):
         shutil.copytree(REPOSITORY / name, folder / name)
     pip = [sys.executable, "-m", "pip"]
-    for part in ("service", "relay", "loader"):
+    for part in ("service", "relay", "loader", "tracing"):
         ran([*pip, "download", "--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes",
              "--requirement", f"requirements/{part}.txt", "--dest", folder / "wheels"])  # fmt: skip
     source = folder / "source"
