@@ -1,28 +1,32 @@
-"""Take the README's pictures of the booking pages: `python -m tests.browser.screenshots [FOLDER]`.
+"""Take the README's pictures: `python -m tests.browser.screenshots [FOLDER]`.
 
-A real service on a Postgres of its own, with the demo's concerts and some seats taken.
+The whole product with the demo's concerts; customers book, and the analysts' report shows it.
 """
 
-import os
 import random
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 from playwright.sync_api import Browser, Page
 
-from devstack.parts import new_postgres
-from devstack.processes import Process, wait_until
-from devstack.state import Run, free_port
-from reservation_service import catalogue, demo
-from reservation_service.database import connect
+from devstack.application import Application
+from devstack.customers import Customers
+from devstack.demo import seats_on_sale
+from devstack.processes import succeed, wait_until
+from devstack.stack import Stack
+from devstack.steps import Steps
+from reservation_service.callers import make_token
 from tests.browser.conftest import launched
-from tests.databases import create_reservation_database
-from tests.reservation_service.house import ADMIN_TOKEN, SECRET_KEY, bearer, is_ready
 
 IMAGES = Path(__file__).parents[2] / "docs/images"
+OTHERS = 1_200
+FACTS = "SELECT count(*) FROM analytics.fct_reservation_events"
+EVENTS = "SELECT count(*) FROM outbox WHERE topic = 'concert-reservation'"
 HALL = 3  # the first evening of the demo's Beethoven
 DESK: dict[str, Any] = {
     "reduced_motion": "reduce",
@@ -41,43 +45,62 @@ PHONE: dict[str, Any] = DESK | {
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else IMAGES
     folder.mkdir(parents=True, exist_ok=True)
-    with Run() as run, ExitStack() as cleanup:
-        server = new_postgres(run, "postgres-screenshots", None, prefer_containers=False)
-        cleanup.callback(server.close)
-        server.start()
-        database = create_reservation_database(server)
-        with connect(database.service_url, "screenshots") as connection:
-            demo.seed(connection)
-            seats = catalogue.read_seats(connection, HALL).seats
-        environment = {
-            "RESERVATION_DATABASE_URL": database.service_url,
-            "RESERVATION_SECRET_KEY": SECRET_KEY,
-            "RESERVATION_ADMIN_TOKEN": ADMIN_TOKEN,
-        }
-        port = free_port()
-        command = [sys.executable, "-m", "reservation_service", "serve", "--port", str(port)]
-        log = folder / "screenshots.log"
-        cleanup.callback(log.unlink, missing_ok=True)
-        process = Process(command, log=log, env=os.environ | environment)
-        cleanup.callback(process.stop, 15)
-        url = f"http://127.0.0.1:{port}"
-        wait_until(lambda: is_ready(url), 60, "the service")
-        sell(url, [seat.seat_id for seat in seats])
-        take(launched(cleanup), url, folder)
+    with Steps() as steps, Stack(1, steps) as stack, ExitStack() as cleanup:
+        stack.start()
+        application = cleanup.enter_context(Application(stack))
+        application.seed()
+        url = application.serve()
+        application.run_pipeline()
+        secret_key = stack.environment["RESERVATION_SECRET_KEY"]
+        with steps.step("bookings"):
+            sell(url, secret_key)
+        browser = launched(cleanup)
+        with steps.step("booking pages"):
+            take(browser, url, folder)
+        with steps.step("the analysts' report"):
+            await_loaded(stack.environment)
+            page = stack.run.path / "report.html"
+            succeed(stack.program("data_platform", "report", "--output", str(page)), 60)
+            report = browser.new_context(**DESK).new_page()
+            report.goto(page.as_uri())
+            report.get_by_role("heading", name="Occupancy").evaluate("it => it.scrollIntoView()")
+            report.screenshot(path=folder / "report.png")
 
 
-def sell(url: str, seat_ids: list[int]) -> None:
-    """Take some seats, always the same ones."""
+def sell(url: str, secret_key: str) -> None:
+    """Take some seats: always the same ones of the hall that is shown, any of the others."""
+    seats = seats_on_sale(url)
+    hall = seats.pop(HALL)
+    Customers(url, url, secret_key=secret_key, seats_by_performance=seats, on_booked=print_nothing,
+              seed=1).book(OTHERS, 4)  # fmt: skip
     chance = random.Random(1)  # noqa: S311 - it shall look the same each time
     for number in range(45):
-        first = chance.randrange(len(seat_ids) - 4)
+        first = chance.randrange(len(hall) - 4)
         order = {
             "performance_id": HALL,
-            "seat_ids": seat_ids[first : first + chance.randint(1, 4)],
+            "seat_ids": hall[first : first + chance.randint(1, 4)],
             "confirm": number % 5 > 0,
         }
-        answer = httpx.post(f"{url}/api/reservations", json=order, headers=bearer(f"c{number}"))
+        bearer = {"Authorization": f"Bearer {make_token(f'c{number}', secret_key, 60)}"}
+        answer = httpx.post(f"{url}/api/reservations", json=order, headers=bearer)
         assert answer.status_code in {201, 409}
+
+
+def print_nothing(_reservation_id: str) -> None:
+    """Nobody is told of a booking."""
+
+
+def await_loaded(environment: Mapping[str, str]) -> None:
+    """Wait until the tables have every event."""
+    with (
+        psycopg.connect(environment["RESERVATION_OWNER_DATABASE_URL"], autocommit=True) as ours,
+        psycopg.connect(environment["ANALYST_DATABASE_URL"], autocommit=True) as theirs,
+    ):
+        wait_until(
+            lambda: theirs.execute(FACTS).fetchone() == ours.execute(EVENTS).fetchone(),
+            60,
+            "every event in the tables",
+        )
 
 
 def take(browser: Browser, url: str, folder: Path) -> None:
