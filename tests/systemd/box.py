@@ -81,8 +81,10 @@ class Box:
         number = self.show(unit, "MainPID") if self.show(unit, "ActiveState") == "active" else "0"
         if number == "0":
             return 0, ""
-        program = self("cat", f"/proc/{number}/cmdline").partition("/releases/")[2]
-        return int(number), program.partition("/")[0]
+        # It may end before we look.
+        command = self("bash", "-c", "cat /proc/$1/cmdline 2>/dev/null || true", "bash", number)
+        release = command.partition("/releases/")[2].partition("/")[0]
+        return (int(number), release) if command else (0, "")
 
     def _ran(
         self, command: Sequence[str | Path], timeout_s: float, told: str = "", code: int = 0
