@@ -10,6 +10,7 @@ The group grants partitions (`_granted`); we hand one to librdkafka only once it
 but not placed, and polling keeps the membership alive.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -196,6 +197,8 @@ class Source:
         # An empty assignment acknowledges the rebalance; `settle` assigns with offsets.
         consumer.incremental_assign([])
         self._granted.update(Partition(p.topic, p.partition) for p in partitions)
+        if partitions:  # a member, then: who is fenced later joins again by itself
+            self._membership_at = math.inf
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         revoked = [Partition(p.topic, p.partition) for p in partitions]
