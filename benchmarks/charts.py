@@ -30,6 +30,7 @@ WAYS = {
 WRONG_TITLE = "Bookings that fail, or whose event is lost, % (data platform …)"
 P99_TITLE = "Booking p99, ms (data platform …)"
 QUANTILES = ("p50_ms", "p99_ms")
+SOAK_COLORS = ("#1f6feb", "#d9822b", "#3f8f68", "#8a8f98", "#0b3d91", "#b3261e", "#7fbf9b")
 WIDTH, HEIGHT = 720, 340
 
 
@@ -52,6 +53,28 @@ def draw(results: Results, folder: Path) -> list[Path]:
             path.write_text(_picture(chart, name), encoding="utf-8")
             written.append(path)
     return written
+
+
+def draw_soak(slices: Sequence[Figure], folder: Path) -> None:
+    """Draw what has to stay flat, by the minutes of a soak."""
+    folder.mkdir(parents=True, exist_ok=True)
+    minutes = [f"{figure['at_s'] / 60:.0f}" for figure in slices]
+    for name, title, ending in (
+        ("soak-memory", "Resident memory, MiB, by minute", " MiB"),
+        ("soak-files", "Open files, by minute", " files"),
+        ("soak-bytes", "Bytes of table and indexes per reservation, by minute", " bytes"),
+        ("soak-latency", "Latency of a booking, ms, by minute", "_ms"),
+    ):
+        kinds = [kind for kind in slices[0] if kind.endswith(ending)]
+        chart = pygal.Line(
+            title=title, style=_style(SOAK_COLORS), width=WIDTH, height=HEIGHT, js=[],
+            show_dots=False, range_min=0, show_minor_x_labels=False,
+            x_labels_major_every=max(1, len(minutes) // 10),
+        )  # fmt: skip
+        chart.x_labels = minutes
+        for kind in kinds:
+            chart.add(kind.removesuffix(ending), [figure[kind] for figure in slices])
+        (folder / f"{name}.svg").write_text(_picture(chart, name), encoding="utf-8")
 
 
 def _picture(chart: pygal.Graph, name: str) -> str:
@@ -166,17 +189,7 @@ def _label(name: str) -> str:
 
 
 def _chart(kind: type[pygal.Graph], names: Sequence[str], title: str) -> pygal.Graph:
-    style = Style(
-        colors=[COLORS[name] for name in names],
-        background="white",
-        plot_background="white",
-        font_family="sans-serif",
-        title_font_size=15,
-        label_font_size=11,
-        major_label_font_size=11,
-        value_font_size=11,
-        legend_font_size=12,
-    )
+    style = _style([COLORS[name] for name in names])
     return kind(
         title=title,
         style=style,
@@ -188,4 +201,18 @@ def _chart(kind: type[pygal.Graph], names: Sequence[str], title: str) -> pygal.G
         range_min=0,
         include_x_axis=True,
         legend_at_bottom=True,
+    )
+
+
+def _style(colors: Sequence[str]) -> Style:
+    return Style(
+        colors=list(colors),
+        background="white",
+        plot_background="white",
+        font_family="sans-serif",
+        title_font_size=15,
+        label_font_size=11,
+        major_label_font_size=11,
+        value_font_size=11,
+        legend_font_size=12,
     )

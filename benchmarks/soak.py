@@ -1,0 +1,237 @@
+"""`python -m benchmarks.soak`: an hour of bookings through everything. Does anything grow?
+
+Customers book at random moments at a steady rate. In each slice of it are taken: their latencies;
+of each program its resident memory and open files; of both databases the bytes that a row costs
+with its indexes; and how many events the tables are behind. What has to be flat is compared between
+the second quarter of the time, when everything is warm, and the last one.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import psycopg
+
+from benchmarks import charts
+from benchmarks.results import Results
+from benchmarks.shop import Hall, Shop, make_hall, own_outbox, settle, shop
+from benchmarks.surroundings import Surroundings, machine, surroundings
+from devstack.__main__ import INTERRUPTED, ending_well
+from devstack.processes import DevstackError, Process, descendants
+from devstack.steps import Steps
+
+FOLDER = Path(__file__).with_name("results")
+SLICE_S = 60
+HALL_SEATS = 50_000
+LINES = 500
+WORKERS = 2
+START_TIMEOUT_S, STOP_TIMEOUT_S, LOADED_TIMEOUT_S = 30.0, 15.0, 120.0
+# How much more the last quarter may have than the second one.
+MEMORY_TIMES, MEMORY_MORE_MIB = 1.10, 8.0
+FILES_MORE = 8
+P99_TIMES, P99_MORE_MS = 1.5, 5.0
+BYTES_TIMES = 1.10
+BEHIND_S = 5.0
+
+RESERVATION_BYTES = """
+SELECT table_name, sum(pg_total_relation_size(relation))::bigint
+FROM (VALUES ('outbox'), ('reservations'), ('reservation_seats'), ('idempotency_keys')) AS t
+    (table_name),
+    LATERAL pg_partition_tree(table_name::regclass) AS tree (relation)
+GROUP BY table_name
+"""
+ANALYTICS_BYTES = """
+SELECT relname, pg_total_relation_size(oid) FROM pg_class
+WHERE relnamespace = 'analytics'::regnamespace AND relkind = 'r'
+    AND relname IN ('fct_reservation_events', 'fct_reservations', 'fct_reservation_seats')
+"""
+BOOKED = "SELECT count(*) FROM reservations"
+LOADED = "SELECT count(*) FROM analytics.fct_reservation_events"
+
+
+@dataclass(frozen=True)
+class Product:
+    """Everything that runs, and its databases."""
+
+    around: Surroundings
+    shop: Shop
+    programs: Mapping[str, Process]
+
+    @property
+    def reservations_url(self) -> str:
+        """The reservation database as its owner."""
+        return self.around.owner_url
+
+    @property
+    def analytics_url(self) -> str:
+        """The analysts' database as its owner."""
+        return self.around.stack.environment["ANALYTICS_OWNER_DATABASE_URL"]
+
+    def behind(self) -> int:
+        """Return how many events the tables lack now."""
+        with psycopg.connect(self.reservations_url) as ours:
+            booked = _count(ours, BOOKED)
+        with psycopg.connect(self.analytics_url) as theirs:
+            return max(0, booked - _count(theirs, LOADED))
+
+    def sample(self) -> dict[str, Any]:
+        """Return what programs and tables hold."""
+        found: dict[str, Any] = {}
+        for name, process in self.programs.items():
+            if not process.alive:
+                raise DevstackError(f"{name} has ended\n{process.log_tail()}")
+            pids = descendants(process.pid)
+            found[f"{name} MiB"] = round(sum(map(_resident_mib, pids)), 1)
+            found[f"{name} files"] = sum(map(_open_files, pids))
+        with psycopg.connect(self.reservations_url) as ours:
+            sizes: dict[str, int] = dict(ours.execute(RESERVATION_BYTES).fetchall())
+            rows = max(1, _count(ours, BOOKED))
+        with psycopg.connect(self.analytics_url) as theirs:
+            sizes |= dict(theirs.execute(ANALYTICS_BYTES).fetchall())
+        return found | {f"{name} bytes": round(size / rows, 1) for name, size in sizes.items()}
+
+
+@click.command()
+@click.option("--duration-s", type=click.IntRange(min=20), default=3_600, show_default=True)
+@click.option("--rate", type=click.IntRange(min=1), default=300, show_default=True)
+@click.option(
+    "--results", "folder", type=click.Path(file_okay=False, path_type=Path), default=FOLDER
+)
+def main(duration_s: int, rate: int, folder: Path) -> None:
+    """Book at RATE for DURATION_S seconds; exit 1 when something isn't flat, failed or is lost."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{datetime.now(UTC):%Y-%m-%d-%H%M%S}-soak"
+    results = Results(folder / f"{name}.json")
+    with ending_well(INTERRUPTED), Steps() as steps:
+        with surroundings(steps, peers=False) as around, own_outbox(around), ExitStack() as cleanup:
+            results.machine = machine(around.stack)
+            results.settings = {"duration_s": duration_s, "rate": rate, "slice_s": SLICE_S}
+            product = _begin(around, cleanup)
+            for figure in _slices(product, duration_s, rate):
+                results.add({"section": "soak", "contender": "ours"} | figure)
+                steps.console.print(_line(figure), highlight=False, soft_wrap=True)
+            lost = _await_loaded(product)
+        slices = [figure for figure in results.figures if figure["section"] == "soak"]
+        found = [*problems(slices, rate), *([f"{lost} events never came"] if lost else [])]
+        booked = sum(figure["booked"] for figure in slices)
+        results.add({"section": "verdict", "booked": booked, "lost": lost, "problems": found})
+        charts.draw_soak(slices, folder / name)
+        click.echo(f"{booked:,} bookings, {lost} lost; {'; '.join(found) or 'flat'}")
+        click.echo(f"{results.path}, charts beside it")
+        if found:
+            raise DevstackError("not flat: see above")
+
+
+def _begin(around: Surroundings, cleanup: ExitStack) -> Product:
+    around.stack.analytics.start()
+    settle(around.admin_url)
+    open_shop = cleanup.enter_context(shop(around))
+    programs = {"service": open_shop.process}
+    for name, *command in (
+        ("sweeper", "reservation_service", "expire-holds", "--every", "5"),
+        ("relay", "outbox_relay", "run"),
+        *((f"worker {number}", "data_platform", "run") for number in range(1, WORKERS + 1)),
+    ):
+        process = around.program(*command, name=f"soak-{name.replace(' ', '-')}")
+        cleanup.callback(process.stop, STOP_TIMEOUT_S)
+        programs[name] = process
+    return Product(around, open_shop, programs)
+
+
+def _slices(product: Product, duration_s: int, rate: int) -> Iterator[dict[str, Any]]:
+    """Yield the figures of each slice of the load."""
+    began_s = time.monotonic()
+    hall: Hall | None = None
+    while (left_s := duration_s - (time.monotonic() - began_s)) > 1:
+        seconds = min(SLICE_S, left_s)
+        wanted = round(rate * seconds * 1.2) + 100
+        if hall is None or hall.taken + wanted > hall.seats:
+            hall = make_hall(product.reservations_url, max(HALL_SEATS, wanted))
+        found = product.shop.book(
+            hall, at_most=wanted, rate=rate, seconds=seconds, lines=min(LINES, rate)
+        )
+        answers = found["answers"]
+        booked = answers.get("201", 0)
+        yield {
+            "at_s": round(time.monotonic() - began_s),
+            "booked": booked,
+            "per_s": round(booked / seconds, 1),
+            "failed": sum(answers.values()) - booked,
+            "p50_ms": found["p50_ms"],
+            "p99_ms": found["p99_ms"],
+            "behind": product.behind(),
+            **product.sample(),
+        }
+
+
+def _await_loaded(product: Product) -> int:
+    """Wait for the last events; return how many never came."""
+    until_s = time.monotonic() + LOADED_TIMEOUT_S
+    while (behind := product.behind()) and time.monotonic() < until_s:
+        time.sleep(0.2)
+    return behind
+
+
+def problems(slices: Sequence[Mapping[str, Any]], rate: int) -> list[str]:
+    """Name what isn't flat; `slices` in the order of time, at least four of them.
+
+    Raises:
+        DevstackError: there are too few to tell.
+    """
+    quarter = len(slices) // 4
+    if not quarter:
+        raise DevstackError("too few slices to tell whether anything is flat: run for longer")
+    warm, last = slices[quarter : 2 * quarter], slices[-quarter:]
+    bounds: dict[str, Callable[[float], float]] = {
+        " MiB": lambda value: value * MEMORY_TIMES + MEMORY_MORE_MIB,
+        " files": lambda value: value + FILES_MORE,
+        " bytes": lambda value: value * BYTES_TIMES,
+        "p99_ms": lambda value: value * P99_TIMES + P99_MORE_MS,
+    }
+    found = []
+    for name in warm[0]:
+        for ending, bound in bounds.items():
+            if name.endswith(ending):
+                before, after = (median(part[name] for part in parts) for parts in (warm, last))
+                if after > bound(before):
+                    found.append(f"{name} grew from {before:g} to {after:g}")
+    failed = sum(part["failed"] for part in slices)
+    if failed:
+        found.append(f"{failed} bookings failed")
+    if median(part["behind"] for part in last) > rate * BEHIND_S:
+        found.append(f"the tables are {last[-1]['behind']:,} events behind")
+    return found
+
+
+def _line(figure: Mapping[str, Any]) -> str:
+    return json.dumps({name: value for name, value in figure.items() if " bytes" not in name})
+
+
+def _count(connection: psycopg.Connection, statement: str) -> int:
+    return int((connection.execute(statement.encode()).fetchone() or (0,))[0])
+
+
+def _resident_mib(pid: int) -> float:
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return 0.0  # it has just ended
+    return pages * 4096 / 2**20
+
+
+def _open_files(pid: int) -> int:
+    try:
+        return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    except OSError:
+        return 0
+
+
+if __name__ == "__main__":
+    main()
