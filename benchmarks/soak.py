@@ -7,6 +7,7 @@ the second quarter of the time, when everything is warm, and the last one.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -33,6 +34,10 @@ HALL_SEATS = 50_000
 LINES = 500
 WORKERS = 2
 START_TIMEOUT_S, STOP_TIMEOUT_S, LOADED_TIMEOUT_S = 30.0, 15.0, 120.0
+LEAST_SLICES = 8
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+# Of the wanted rate, which a soak that was slowed down doesn't show to be flat.
+LEAST_RATE_SHARE = 0.95
 # How much more the last quarter may have than the second one.
 MEMORY_TIMES, MEMORY_MORE_MIB = 1.10, 8.0
 FILES_MORE = 8
@@ -41,11 +46,9 @@ BYTES_TIMES = 1.10
 BEHIND_S = 5.0
 
 RESERVATION_BYTES = """
-SELECT table_name, sum(pg_total_relation_size(relation))::bigint
-FROM (VALUES ('outbox'), ('reservations'), ('reservation_seats'), ('idempotency_keys')) AS t
-    (table_name),
-    LATERAL pg_partition_tree(table_name::regclass) AS tree (relation)
-GROUP BY table_name
+SELECT 'outbox', sum(pg_total_relation_size(relid))::bigint FROM pg_partition_tree('outbox')
+UNION ALL SELECT name, pg_total_relation_size(name::regclass)
+FROM unnest(ARRAY['reservations', 'reservation_seats', 'idempotency_keys']) AS name
 """
 ANALYTICS_BYTES = """
 SELECT relname, pg_total_relation_size(oid) FROM pg_class
@@ -87,7 +90,9 @@ class Product:
         for name, process in self.programs.items():
             if not process.alive:
                 raise DevstackError(f"{name} has ended\n{process.log_tail()}")
-            pids = descendants(process.pid)
+        programs = {name: process.pid for name, process in self.programs.items()}
+        for name, pid in {**programs, **self.around.server_pids()}.items():
+            pids = descendants(pid)
             found[f"{name} MiB"] = round(sum(map(_resident_mib, pids)), 1)
             found[f"{name} files"] = sum(map(_open_files, pids))
         with psycopg.connect(self.reservations_url) as ours:
@@ -99,7 +104,12 @@ class Product:
 
 
 @click.command()
-@click.option("--duration-s", type=click.IntRange(min=20), default=3_600, show_default=True)
+@click.option(
+    "--duration-s",
+    type=click.IntRange(min=LEAST_SLICES * SLICE_S),
+    default=3_600,
+    show_default=True,
+)
 @click.option("--rate", type=click.IntRange(min=1), default=300, show_default=True)
 @click.option(
     "--results", "folder", type=click.Path(file_okay=False, path_type=Path), default=FOLDER
@@ -180,13 +190,13 @@ def _await_loaded(product: Product) -> int:
 
 
 def problems(slices: Sequence[Mapping[str, Any]], rate: int) -> list[str]:
-    """Name what isn't flat; `slices` in the order of time, at least four of them.
+    """Name what isn't flat; `slices` in the order of time.
 
     Raises:
         DevstackError: there are too few to tell.
     """
     quarter = len(slices) // 4
-    if not quarter:
+    if len(slices) < LEAST_SLICES:
         raise DevstackError("too few slices to tell whether anything is flat: run for longer")
     warm, last = slices[quarter : 2 * quarter], slices[-quarter:]
     bounds: dict[str, Callable[[float], float]] = {
@@ -202,6 +212,9 @@ def problems(slices: Sequence[Mapping[str, Any]], rate: int) -> list[str]:
                 before, after = (median(part[name] for part in parts) for parts in (warm, last))
                 if after > bound(before):
                     found.append(f"{name} grew from {before:g} to {after:g}")
+    reached = median(part["per_s"] for part in slices)
+    if reached < rate * LEAST_RATE_SHARE:
+        found.append(f"only {reached:g} bookings a second of {rate}")
     failed = sum(part["failed"] for part in slices)
     if failed:
         found.append(f"{failed} bookings failed")
@@ -221,15 +234,15 @@ def _count(connection: psycopg.Connection, statement: str) -> int:
 def _resident_mib(pid: int) -> float:
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return 0.0  # it has just ended
-    return pages * 4096 / 2**20
+    return pages * PAGE_BYTES / 2**20
 
 
 def _open_files(pid: int) -> int:
     try:
         return len(list(Path(f"/proc/{pid}/fd").iterdir()))
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return 0
 
 

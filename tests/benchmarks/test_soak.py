@@ -10,6 +10,7 @@ from devstack.processes import DevstackError
 FLAT: dict[str, Any] = {
     "failed": 0,
     "behind": 10,
+    "per_s": 299.0,
     "p99_ms": 20.0,
     "relay MiB": 60.0,
     "relay files": 20,
@@ -40,6 +41,10 @@ def test_an_hour_without_a_change_is_flat() -> None:
 )
 def test_what_grows_is_named(last: dict[str, Any]) -> None:
     assert len(problems(hour(last), 300)) == 1
+
+
+def test_a_rate_that_was_not_reached_proves_nothing() -> None:
+    assert problems([FLAT | {"per_s": 280.0}] * 60, 300) == ["only 280 bookings a second of 300"]
 
 
 def test_too_short_a_soak_tells_nothing() -> None:
