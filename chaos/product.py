@@ -26,7 +26,7 @@ from devstack.kafka import Broker
 from devstack.postgres import PostgresServer
 from devstack.processes import Process, Running, wait_until
 from devstack.stack import Stack
-from devstack.state import Run, free_port
+from devstack.state import free_port
 from devstack.steps import Steps
 
 READY_TIMEOUT_S = 60.0
@@ -88,27 +88,25 @@ class Product(Stack):
         self.delivery = delivery
         self.services: dict[str, str] = {}
         self.disks: dict[str, Disk] = {}
-        self.environment = {}
-        self._steps = steps
         self._more = {"OUTBOX_RELAY_DELIVERY": delivery, **environment}
         self._processes: dict[str, Process] = {}
         self._ports: dict[str, int] = {}
-        with ExitStack() as cleanup:
-            self.run = cleanup.enter_context(Run())
-            self.ways = cleanup.enter_context(Ways())
-            if size.small_disks and not disks.why_not():
-                self._make_disks(cleanup)
-            self.reservations: Server = self._server("reservations", cleanup)
-            self.analytics: Server = self._server("analytics", cleanup)
-            folders = {number: self._folder(f"broker-{number}") for number in range(1, 4)}
-            self.kafka = self.wired = WiredKafka(
-                self.run, size.brokers, self.ways, size.clients_of_kafka(), folders
-            )
-            cleanup.callback(self.kafka.close)
-            self._cleanup = cleanup.pop_all()
+        super().__init__(size.brokers, steps)
         self.supervisor = Supervisor([])
 
     # ---- making it
+
+    def _make_servers(self, brokers: int, cleanup: ExitStack) -> None:
+        self.ways = cleanup.enter_context(Ways())
+        if self.size.small_disks and not disks.why_not():
+            self._make_disks(cleanup)
+        self.reservations: Server = self._server("reservations", cleanup)
+        self.analytics: Server = self._server("analytics", cleanup)
+        folders = {number: self._folder(f"broker-{number}") for number in range(1, 4)}
+        self.kafka = self.wired = WiredKafka(
+            self.run, brokers, self.ways, self.size.clients_of_kafka(), folders
+        )
+        cleanup.callback(self.kafka.close)
 
     def _make_disks(self, cleanup: ExitStack) -> None:
         sizes = {"reservations": POSTGRES_DISK_MIB, "analytics": POSTGRES_DISK_MIB}

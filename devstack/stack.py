@@ -41,11 +41,7 @@ class Stack:
         self.environment: dict[str, str] = {}
         with ExitStack() as cleanup:
             self.run = cleanup.enter_context(Run())
-            self.reservations = new_postgres(self.run, "reservations")
-            self.analytics = new_postgres(self.run, "analytics")
-            self.kafka = new_kafka(self.run, "kafka", brokers)
-            for part in (self.reservations, self.analytics, self.kafka):
-                cleanup.callback(part.close)
+            self._make_servers(brokers, cleanup)
             self._cleanup = cleanup.pop_all()
 
     def __enter__(self) -> Self:
@@ -53,6 +49,14 @@ class Stack:
 
     def __exit__(self, *_: object) -> None:
         self._cleanup.close()
+
+    def _make_servers(self, brokers: int, cleanup: ExitStack) -> None:
+        """Make `reservations`, `analytics` and `kafka`, not yet started, for `cleanup` to end."""
+        self.reservations = new_postgres(self.run, "reservations")
+        self.analytics = new_postgres(self.run, "analytics")
+        self.kafka = new_kafka(self.run, "kafka", brokers)
+        for part in (self.reservations, self.analytics, self.kafka):
+            cleanup.callback(part.close)
 
     def start(self) -> None:
         """Start and fill everything.
