@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo up stack test compose-test systemd-test compatibility upgrade-test check lint format lock contracts variables model wheel bench chaos chaos-mutants screenshots clean
+.PHONY: help install demo up stack test compose-test systemd-test compatibility upgrade-test check lint format lock contracts variables model wheel bench soak chaos chaos-mutants screenshots clean
 
 PYTHON ?= python3
 BROKERS ?= 1
@@ -12,6 +12,7 @@ SEED ?= 1
 PORT ?= 8000
 PEERS ?= 0
 SIZE ?= standard
+SOAK_S ?= 3600
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/python -m
@@ -96,6 +97,9 @@ wheel: $(INSTALLED) ## build the wheel into dist/
 
 bench: $(INSTALLED) ## measure every part: PEERS=1 Debezium too, SIZE=quick, standard or full
 	@DEVSTACK_PARENT=$$PPID exec $(RUN) benchmarks --size $(SIZE) $(if $(filter 1,$(PEERS)),--peers)
+
+soak: $(INSTALLED) ## an hour at 300 bookings a second: does anything grow? (SOAK_S=)
+	@DEVSTACK_PARENT=$$PPID exec $(RUN) benchmarks.soak --duration-s $(SOAK_S)
 
 screenshots: $(INSTALLED) ## take the pictures of the booking pages in docs/images again (needs Chromium)
 	@DEVSTACK_PARENT=$$PPID exec $(RUN) tests.browser.screenshots

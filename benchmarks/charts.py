@@ -31,6 +31,12 @@ WRONG_TITLE = "Bookings that fail, or whose event is lost, % (data platform …)
 P99_TITLE = "Booking p99, ms (data platform …)"
 QUANTILES = ("p50_ms", "p99_ms")
 SOAK_COLORS = ("#1f6feb", "#d9822b", "#3f8f68", "#8a8f98", "#0b3d91", "#b3261e", "#7fbf9b")
+SOAK_CHARTS = {
+    "soak-memory": ("Memory, MiB, by minute", " MiB"),
+    "soak-files": ("Open files, by minute", " files"),
+    "soak-bytes": ("Bytes of table and indexes per reservation, by minute", " bytes"),
+    "soak-latency": ("Latency of a booking, ms, by minute", "_ms"),
+}
 WIDTH, HEIGHT = 720, 340
 
 
@@ -45,6 +51,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         "growth": _growth(figures),
         "outage-wrong": _outage(figures, WRONG_TITLE, _wrong_percent),
         "outage-p99": _outage(figures, P99_TITLE, lambda figure: float(figure["p99_ms"])),
+        **_soak([figure for figure in figures if figure["section"] == "soak"]),
     }
     written = []
     for name, chart in charts.items():
@@ -55,28 +62,6 @@ def draw(results: Results, folder: Path) -> list[Path]:
     return written
 
 
-def draw_soak(slices: Sequence[Figure], folder: Path) -> None:
-    """Draw what has to stay flat, by the minutes of a soak."""
-    folder.mkdir(parents=True, exist_ok=True)
-    minutes = [f"{figure['at_s'] / 60:.0f}" for figure in slices]
-    for name, title, ending in (
-        ("soak-memory", "Resident memory, MiB, by minute", " MiB"),
-        ("soak-files", "Open files, by minute", " files"),
-        ("soak-bytes", "Bytes of table and indexes per reservation, by minute", " bytes"),
-        ("soak-latency", "Latency of a booking, ms, by minute", "_ms"),
-    ):
-        kinds = [kind for kind in slices[0] if kind.endswith(ending)]
-        chart = pygal.Line(
-            title=title, style=_style(SOAK_COLORS), width=WIDTH, height=HEIGHT, js=[],
-            show_dots=False, range_min=0, show_minor_x_labels=False,
-            x_labels_major_every=max(1, len(minutes) // 10),
-        )  # fmt: skip
-        chart.x_labels = minutes
-        for kind in kinds:
-            chart.add(kind.removesuffix(ending), [figure[kind] for figure in slices])
-        (folder / f"{name}.svg").write_text(_picture(chart, name), encoding="utf-8")
-
-
 def _picture(chart: pygal.Graph, name: str) -> str:
     """Return a chart as a picture in a page: no scripts, the same file for the same figures."""
     chart.uuid = name  # prefixes its styles; else a random one
@@ -85,6 +70,22 @@ def _picture(chart: pygal.Graph, name: str) -> str:
         for script in [child for child in parent if child.tag == "script"]:
             parent.remove(script)
     return ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _soak(slices: Sequence[Figure]) -> dict[str, pygal.Graph]:
+    """What has to stay flat, by the minutes of a soak."""
+    charts: dict[str, pygal.Graph] = {}
+    minutes = [f"{figure['at_s'] / 60:.0f}" for figure in slices]
+    for name, (title, ending) in SOAK_CHARTS.items() if slices else ():
+        charts[name] = chart = pygal.Line(
+            title=title, style=_style(SOAK_COLORS), width=WIDTH, height=HEIGHT, js=[],
+            show_dots=False, range_min=0, show_minor_x_labels=False,
+            x_labels_major_every=max(1, len(minutes) // 10),
+        )  # fmt: skip
+        chart.x_labels = minutes
+        for kind in (kind for kind in slices[0] if kind.endswith(ending)):
+            chart.add(kind.removesuffix(ending), [figure[kind] for figure in slices])
+    return charts
 
 
 def _drain(figures: Sequence[Figure]) -> pygal.Graph | None:

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import booking, growth, loader, onsale, outage
+from benchmarks import booking, growth, loader, onsale, outage, soak
 from benchmarks.goals import goals
 from benchmarks.latency import QUANTILES
 from benchmarks.results import Figure, Results, find, wrong
@@ -33,6 +33,7 @@ def sheets(results: Results) -> list[Sheet]:
     found += [_loader(figures), _visible(figures), _growth(figures), _analysts(figures)]
     found += [_migration(figures), _reconcile(figures)]
     found += [_booking(figures), _plan(figures), _onsale(figures), _ways(figures), _kafka(figures)]
+    found += [_soak(figures)]
     return [sheet for sheet in [*found, _goals(figures)] if sheet.rows]
 
 
@@ -355,6 +356,16 @@ def _kafka(figures: Sequence[Figure]) -> Sheet:
         name=_contender,
         columns=columns,
     )
+
+
+def _soak(figures: Sequence[Figure]) -> Sheet:
+    slices = [figure for figure in figures if figure["section"] == "soak"]
+    booked = sum(figure["booked"] for figure in slices)
+    minutes = slices[-1]["at_s"] / 60 if slices else 0
+    medians = soak.quarters(slices) if len(slices) >= soak.LEAST_SLICES else {}
+    title = f"Soak: {booked:,} bookings in {minutes:.0f} minutes; medians of a minute"
+    rows = [(what, f"{warm:,.1f}", f"{last:,.1f}") for what, (warm, last) in medians.items()]
+    return Sheet(title, ("what", "second quarter", "last quarter"), rows)
 
 
 def _goals(figures: Sequence[Figure]) -> Sheet:

@@ -1,15 +1,16 @@
 """`python -m benchmarks.soak`: an hour of bookings through everything. Does anything grow?
 
 Customers book at random moments at a steady rate. In each slice of it are taken: their latencies;
-of each program its resident memory and open files; of both databases the bytes that a row costs
-with its indexes; and how many events the tables are behind. What has to be flat is compared between
-the second quarter of the time, when everything is warm, and the last one.
+and in its middle, while they book, of each program its memory (shared pages by halves, thirds …, so
+that a server's processes add up) and open files; of both databases the bytes that a reservation
+costs with its indexes; and how many events the tables are behind. What has to be flat is compared
+between the second quarter of the time, when everything is warm, and the last one.
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,7 +36,6 @@ LINES = 500
 WORKERS = 2
 START_TIMEOUT_S, STOP_TIMEOUT_S, LOADED_TIMEOUT_S = 30.0, 15.0, 120.0
 LEAST_SLICES = 8
-PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 # Of the wanted rate, which a soak that was slowed down doesn't show to be flat.
 LEAST_RATE_SHARE = 0.95
 # How much more the last quarter may have than the second one.
@@ -86,14 +86,14 @@ class Product:
 
     def sample(self) -> dict[str, Any]:
         """Return what programs and tables hold."""
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = {"behind": self.behind()}
         for name, process in self.programs.items():
             if not process.alive:
                 raise DevstackError(f"{name} has ended\n{process.log_tail()}")
         programs = {name: process.pid for name, process in self.programs.items()}
         for name, pid in {**programs, **self.around.server_pids()}.items():
             pids = descendants(pid)
-            found[f"{name} MiB"] = round(sum(map(_resident_mib, pids)), 1)
+            found[f"{name} MiB"] = round(sum(map(_memory_mib, pids)), 1)
             found[f"{name} files"] = sum(map(_open_files, pids))
         with psycopg.connect(self.reservations_url) as ours:
             sizes: dict[str, int] = dict(ours.execute(RESERVATION_BYTES).fetchall())
@@ -131,8 +131,9 @@ def main(duration_s: int, rate: int, folder: Path) -> None:
         slices = [figure for figure in results.figures if figure["section"] == "soak"]
         found = [*problems(slices, rate), *([f"{lost} events never came"] if lost else [])]
         booked = sum(figure["booked"] for figure in slices)
-        results.add({"section": "verdict", "booked": booked, "lost": lost, "problems": found})
-        charts.draw_soak(slices, folder / name)
+        verdict = {"booked": booked, "lost": lost, "problems": found}
+        results.add({"section": "soak verdict", "contender": "ours"} | verdict)
+        charts.draw(results, folder / name)
         click.echo(f"{booked:,} bookings, {lost} lost; {'; '.join(found) or 'flat'}")
         click.echo(f"{results.path}, charts beside it")
         if found:
@@ -164,9 +165,18 @@ def _slices(product: Product, duration_s: int, rate: int) -> Iterator[dict[str, 
         wanted = round(rate * seconds * 1.2) + 100
         if hall is None or hall.taken + wanted > hall.seats:
             hall = make_hall(product.reservations_url, max(HALL_SEATS, wanted))
-        found = product.shop.book(
-            hall, at_most=wanted, rate=rate, seconds=seconds, lines=min(LINES, rate)
-        )
+        with ThreadPoolExecutor(1) as pool:
+            booking = pool.submit(
+                product.shop.book,
+                hall,
+                at_most=wanted,
+                rate=rate,
+                seconds=seconds,
+                lines=min(LINES, rate),
+            )
+            wait([booking], timeout=seconds / 2)
+            sample = product.sample()
+            found = booking.result()
         answers = found["answers"]
         booked = answers.get("201", 0)
         yield {
@@ -176,8 +186,7 @@ def _slices(product: Product, duration_s: int, rate: int) -> Iterator[dict[str, 
             "failed": sum(answers.values()) - booked,
             "p50_ms": found["p50_ms"],
             "p99_ms": found["p99_ms"],
-            "behind": product.behind(),
-            **product.sample(),
+            **sample,
         }
 
 
@@ -195,10 +204,8 @@ def problems(slices: Sequence[Mapping[str, Any]], rate: int) -> list[str]:
     Raises:
         DevstackError: there are too few to tell.
     """
-    quarter = len(slices) // 4
     if len(slices) < LEAST_SLICES:
         raise DevstackError("too few slices to tell whether anything is flat: run for longer")
-    warm, last = slices[quarter : 2 * quarter], slices[-quarter:]
     bounds: dict[str, Callable[[float], float]] = {
         " MiB": lambda value: value * MEMORY_TIMES + MEMORY_MORE_MIB,
         " files": lambda value: value + FILES_MORE,
@@ -206,21 +213,31 @@ def problems(slices: Sequence[Mapping[str, Any]], rate: int) -> list[str]:
         "p99_ms": lambda value: value * P99_TIMES + P99_MORE_MS,
     }
     found = []
-    for name in warm[0]:
+    for name, (before, after) in quarters(slices).items():
         for ending, bound in bounds.items():
-            if name.endswith(ending):
-                before, after = (median(part[name] for part in parts) for parts in (warm, last))
-                if after > bound(before):
-                    found.append(f"{name} grew from {before:g} to {after:g}")
+            if name.endswith(ending) and after > bound(before):
+                found.append(f"{name} grew from {before:g} to {after:g}")
     reached = median(part["per_s"] for part in slices)
     if reached < rate * LEAST_RATE_SHARE:
         found.append(f"only {reached:g} bookings a second of {rate}")
     failed = sum(part["failed"] for part in slices)
     if failed:
         found.append(f"{failed} bookings failed")
-    if median(part["behind"] for part in last) > rate * BEHIND_S:
-        found.append(f"the tables are {last[-1]['behind']:,} events behind")
+    behind = quarters(slices)["behind"][1]
+    if behind > rate * BEHIND_S:
+        found.append(f"the tables are {behind:,.0f} events behind")
     return found
+
+
+def quarters(slices: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Return each figure's median in the second and in the last quarter of the slices."""
+    quarter = len(slices) // 4
+    warm, last = slices[quarter : 2 * quarter], slices[-quarter:]
+    return {
+        name: (median(part[name] for part in warm), median(part[name] for part in last))
+        for name, value in slices[0].items()
+        if isinstance(value, int | float) and name != "at_s"
+    }
 
 
 def _line(figure: Mapping[str, Any]) -> str:
@@ -231,12 +248,12 @@ def _count(connection: psycopg.Connection, statement: str) -> int:
     return int((connection.execute(statement.encode()).fetchone() or (0,))[0])
 
 
-def _resident_mib(pid: int) -> float:
+def _memory_mib(pid: int) -> float:
     try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
     except (FileNotFoundError, ProcessLookupError):
         return 0.0  # it has just ended
-    return pages * PAGE_BYTES / 2**20
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
 
 
 def _open_files(pid: int) -> int:
