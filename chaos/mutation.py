@@ -99,6 +99,7 @@ def main(only: str | None) -> None:
     for column in ("bug", "fault", "found", "s"):
         table.add_column(column, justify="right" if column == "s" else "left")
     good = True
+    verdicts = []
     with ending_well(INTERRUPTED), snapshot() as tree:
         for delivery in dict.fromkeys(mutant.delivery for mutant in mutants):
             alike = [mutant for mutant in mutants if mutant.delivery == delivery]
@@ -109,6 +110,7 @@ def main(only: str | None) -> None:
             good &= fine
             row = ("none", f"all of these, {delivery}", verdict.said or "nothing, rightly")
             table.add_row(*row, f"{verdict.seconds:.0f}", style="green" if fine else "red")
+            verdicts.append((*row, verdict.seconds))
         for mutant in mutants:
             verdict = tried(tree, mutant.patch, [mutant], FOUND_WITHIN_S)
             fine = bool(verdict.differences)
@@ -117,8 +119,18 @@ def main(only: str | None) -> None:
             console.print(f"{mutant.name}: {found} ({verdict.seconds:.0f} s)", highlight=False)
             row = (mutant.name, mutant.fault, found)
             table.add_row(*row, f"{verdict.seconds:.0f}", style="green" if fine else "red")
+            verdicts.append((*row, verdict.seconds))
     report.console().print(table)
+    verdicts_file().parent.mkdir(parents=True, exist_ok=True)
+    names = ("name", "fault", "said", "seconds")
+    text = json.dumps([dict(zip(names, row, strict=True)) for row in verdicts], indent=1)
+    verdicts_file().write_text(text + "\n", encoding="utf-8")
     sys.exit(0 if good else 1)
+
+
+def verdicts_file() -> Path:
+    """Return where the verdicts of the last run are."""
+    return home() / "chaos" / "mutants.json"
 
 
 def tried(tree: Path, patch: Path | None, mutants: Sequence[Mutant], timeout_s: float) -> Verdict:

@@ -1,0 +1,51 @@
+"""What chaos.publish says of runs, and what it may not hide."""
+
+from typing import Any
+
+import pytest
+
+from chaos.publish import mutants_table, recovery_table, runs_table, with_block
+
+RUN: dict[str, Any] = {
+    "seed": 7,
+    "delivery": "exactly_once",
+    "seconds": 600,
+    "healed_s": 4.5,
+    "figures": {
+        "reservations told": 1_234,
+        "events in the outbox": 2_000,
+        "records delivered again on purpose": 50,
+        "poisoned records": 9,
+    },
+    "struck": [
+        {"kind": "relay killed", "in_vain": "", "recovered_s": {"service-1": 0.0, "relay": 2.0}},
+        {"kind": "relay killed", "in_vain": "", "recovered_s": {"service-2": 0.4, "relay": 6.0}},
+        {"kind": "worker frozen", "in_vain": "gone", "recovered_s": {"workers": None}},
+    ],
+    "differences": [],
+}
+
+
+def test_a_run_is_told_with_its_faults_in_vain_and_its_differences() -> None:
+    cells = ["7, exactly_once, 600 s", "3 of 2 kinds, 1 in vain", "1,234", "2,000", "50", "9"]
+    assert runs_table([RUN])[-1] == f"| {' | '.join([*cells, '4.5', '**0**'])} |"
+    wrong = RUN | {"differences": [{"kind": "event lost", "count": 3}]}
+    assert runs_table([wrong])[-1].endswith("| **3** |")
+
+
+def test_recovery_is_told_by_its_median_and_its_worst_and_never_is_never_left_out() -> None:
+    lines = recovery_table([RUN])
+    assert lines[2] == "| relay killed | 2 | 0.2, worst 0.4 | 4.0, worst 6.0 | - |"
+    assert lines[3] == "| worker frozen | 1 | - | - | never (1 times) |"
+
+
+def test_a_mutant_that_nothing_found_is_told() -> None:
+    found = [{"name": "cursor-on-id", "fault": "rows committed late", "said": "", "seconds": 41.2}]
+    assert mutants_table(found)[-1] == "| cursor-on-id | rows committed late | nothing | 41 |"
+
+
+def test_a_block_is_replaced_between_its_own_marks_only() -> None:
+    document = "a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb <!-- y: begin --><!-- y: end -->"
+    assert with_block(document, "x", "new") == document.replace("old", "new")
+    with pytest.raises(ValueError, match="z: begin"):
+        with_block(document, "z", "new")
