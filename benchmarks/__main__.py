@@ -19,6 +19,8 @@ from benchmarks import (
     contenders,
     debezium,
     drain,
+    fault_loaders,
+    faults,
     growth,
     idle,
     jdbc_sink,
@@ -40,7 +42,7 @@ from devstack.steps import Steps
 RESULTS = Path(__file__).with_name("results")
 SECTIONS = (
     *("drain", "latency", "idle", "writers", "loader", "growth", "analysts", "reconcile"),
-    *("booking", "onsale", "outage"),
+    *("booking", "onsale", "outage", "faults"),
 )
 # Whole figures, even where a narrow terminal breaks the lines.
 TABLE_COLUMNS = 150
@@ -62,6 +64,7 @@ class Size:
     crowd_seats: int
     outage_s: int
     outage_rounds: int
+    faults_s: int
 
 
 SIZES = {
@@ -78,6 +81,7 @@ SIZES = {
         crowd_seats=200_000,
         outage_s=6,
         outage_rounds=1,
+        faults_s=20,
     ),
     "standard": Size(
         (10_000, 100_000, 1_000_000),
@@ -92,6 +96,7 @@ SIZES = {
         crowd_seats=5_000_000,
         outage_s=15,
         outage_rounds=3,
+        faults_s=60,
     ),
     "full": Size(
         (10_000, 100_000, 1_000_000, 10_000_000),
@@ -106,6 +111,7 @@ SIZES = {
         crowd_seats=5_000_000,
         outage_s=30,
         outage_rounds=4,
+        faults_s=60,
     ),
 }
 
@@ -161,7 +167,14 @@ def _measure(
             "booking": lambda: booking.measure(around, results, size.booking_s, size.crowd_seats),
             "onsale": lambda: onsale.measure(around, results),
             "outage": lambda: outage.measure(around, results, size.outage_s, size.outage_rounds),
+            "faults": lambda: _faults(around, results, size.faults_s, peers=peers),
         }[section]()
+
+
+def _faults(around: Surroundings, results: Results, seconds: int, *, peers: bool) -> None:
+    """Audit who publishes, then who loads."""
+    faults.measure(around, results, seconds, peers=peers)
+    fault_loaders.measure(around, results, seconds, peers=peers)
 
 
 def _settings(size: str, *, peers: bool) -> dict[str, object]:

@@ -5,6 +5,7 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,6 +55,9 @@ class Connect:
         self._folder = folder
         self._settings = settings
         self._port = free_port()
+        self._command: list[str | Path] = []
+        # Standalone Connect knows after its end only what stands in a file.
+        self._connectors: dict[str, Path] = {}
         self._process: Process | None = None
 
     def __enter__(self) -> Self:
@@ -64,19 +68,25 @@ class Connect:
             program, _ = java.java_and_jars(run, step.note)
             self.prepare()
             settings = run.path / "connect.properties"
-            settings.write_text(self._worker_properties(), encoding="utf-8")
-            self._process = Process(
-                [
-                    *(program, f"-Djava.io.tmpdir={run.path}", "-XX:-UsePerfData"),
-                    *(*JAVA_OPTIONS, *LOG_OPTIONS, "-cp", f"{jars}/*"),
-                    *("org.apache.kafka.connect.cli.ConnectStandalone", settings),
-                ],
-                name="Kafka Connect",
-                log=run.path / "connect.log",
-                keep_fds=[run.lock_fd],
-            )
-            self._process.wait_ready(self._answers, START_TIMEOUT_S)
+            settings.write_text(_properties(self._worker_settings()), encoding="utf-8")
+            self._command = [
+                *(program, f"-Djava.io.tmpdir={run.path}", "-XX:-UsePerfData"),
+                *(*JAVA_OPTIONS, *LOG_OPTIONS, "-cp", f"{jars}/*"),
+                *("org.apache.kafka.connect.cli.ConnectStandalone", settings),
+            ]
+            self.launch()
+            self.process.wait_ready(self._answers, START_TIMEOUT_S)
         return self
+
+    def launch(self) -> None:
+        """Start the JVM without waiting: again, with the connectors that it had."""
+        run = self._around.stack.run
+        self._process = Process(
+            [*self._command, *self._connectors.values()],
+            name="Kafka Connect",
+            log=run.path / "connect.log",
+            keep_fds=[run.lock_fd],
+        )
 
     def __exit__(self, *_: object) -> None:
         self.process.stop()
@@ -90,11 +100,47 @@ class Connect:
     def prepare(self) -> None:
         """Do what has to be done before the JVM starts."""
 
+    def create(self, name: str, config: Mapping[str, str]) -> None:
+        """Make a connector, which is there again when the JVM is started again.
+
+        Raises:
+            RuntimeError: Connect refused it.
+        """
+        path = self._around.stack.run.path / f"connector-{name}.properties"
+        path.touch(mode=0o600)
+        path.write_text(_properties({"name": name, **config}), encoding="utf-8")
+        self._connectors[name] = path
+        self.call("POST", "/connectors", {"name": name, "config": dict(config)})
+
+    def delete(self, name: str) -> None:
+        """End a connector for good.
+
+        Raises:
+            RuntimeError: Connect refused it.
+        """
+        self._connectors.pop(name).unlink()
+        self.call("DELETE", f"/connectors/{name}")
+
+    def restart_failed(self) -> int:
+        """Start again what has failed of the connectors, as a person would; return how much."""
+        failed = 0
+        for name in list(self._connectors):
+            try:
+                found = self.call("GET", f"/connectors/{name}/status")
+                states = [part["state"] for part in (found["connector"], *found["tasks"])]
+                if "FAILED" in states:
+                    options = "includeTasks=true&onlyFailed=true"
+                    self.call("POST", f"/connectors/{name}/restart?{options}")
+                    failed += states.count("FAILED")
+            except RuntimeError:  # the JVM is away, or has just begun
+                continue
+        return failed
+
     def call(self, method: str, path: str, body: object = None) -> Any:
         """Ask Connect's REST interface.
 
         Raises:
-            RuntimeError: it refused.
+            RuntimeError: it refused, or is not there.
         """
         request = urllib.request.Request(
             f"http://127.0.0.1:{self._port}{path}",
@@ -107,6 +153,8 @@ class Connect:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             raise RuntimeError(f"Kafka Connect: {method} {path}: {error.read()[:500]!r}") from error
+        except (OSError, HTTPException) as error:  # urllib's are OSErrors
+            raise RuntimeError(f"Kafka Connect: {method} {path}: {error}") from error
         return json.loads(text) if text else None
 
     def _answers(self) -> bool:
@@ -115,11 +163,11 @@ class Connect:
                 return False
         try:
             return bool(self.call("GET", "/connectors") == [])
-        except (RuntimeError, urllib.error.URLError, OSError):
+        except RuntimeError:
             return False
 
-    def _worker_properties(self) -> str:
-        settings = (
+    def _worker_settings(self) -> dict[str, str]:
+        return (
             WORKER
             | dict(self._settings)
             | {
@@ -130,4 +178,7 @@ class Connect:
                 ),
             }
         )
-        return "".join(f"{name}={value}\n" for name, value in settings.items())
+
+
+def _properties(settings: Mapping[str, str]) -> str:
+    return "".join(f"{name}={value}\n" for name, value in settings.items())

@@ -101,12 +101,12 @@ class Connect(connect.Connect):
         connector = Connector(self, name)
         config = CONNECTOR | settings | self._database(name)
         config["transforms.outbox.route.topic.replacement"] = topic
-        self.call("POST", "/connectors", {"name": name, "config": config})
+        self.create(name, config)
         try:
             connector.wait("RUNNING", streaming=True)
             yield connector
         finally:
-            self.call("DELETE", f"/connectors/{name}")
+            self.delete(name)
             wait_until(lambda: self._drop_slot(name), STATE_TIMEOUT_S, f"the end of slot {name}")
 
     def streams(self, name: str) -> bool:

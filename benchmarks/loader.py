@@ -105,7 +105,11 @@ def _take(around: Surroundings, name: str, rows: int) -> Figure:
     )
     succeed(process, TIMEOUT_S + count / SLOWEST_EVENTS_PER_S)
     told = json.loads(process.log.read_text("utf-8").splitlines()[-1])
-    found = _rates(told["rows"], told["seconds"])
+    found = _rates(told["rows"], told["seconds"]) | {
+        "cpu_us_per_event": round(told["cpu_s"] / told["rows"] * MICROSECONDS, 2),
+        # Of the limit that is what it has read before, too.
+        "peak_mib": None if name == LIMIT else round(told["peak_mib"], 1),
+    }
     return found if name == LIMIT else found | _lost(around, told["rows"])
 
 

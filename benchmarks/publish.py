@@ -1,7 +1,7 @@
 """`python -m benchmarks.publish RESULT…`: put a run's tables and charts into the documents."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ README = REPOSITORY / "README.md"
 DOCUMENT = REPOSITORY / "docs" / "benchmarks.md"
 PUBLISHED = REPOSITORY / "benchmarks" / "results" / "published.json"
 CHARTS = REPOSITORY / "docs" / "charts"
-BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
 @click.command()
@@ -46,14 +45,15 @@ def _publish(run: dict[str, Any]) -> None:
     PUBLISHED.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     results = load(PUBLISHED)
     charts.draw(results, CHARTS)
-    text = DOCUMENT.read_text("utf-8")
-    DOCUMENT.write_text(with_figures(text, figures(results)), encoding="utf-8")
-    text = README.read_text("utf-8")
-    README.write_text(with_figures(text, report.old_and_new(results.figures)), encoding="utf-8")
+    for document, blocks in BLOCKS.items():
+        text = document.read_text("utf-8")
+        for name, told in blocks.items():
+            text = with_figures(text, name, told(results))
+        document.write_text(text, encoding="utf-8")
 
 
 def figures(results: Results) -> str:
-    """Return what stands between the marks: where it was measured, and the tables."""
+    """Return where it was measured, and all tables."""
     machine, events = results.machine, results.sizes
     place = (
         f"{machine['cpus']} CPUs ({machine['cpu']}), {machine['memory_gib']} GiB, Linux "
@@ -69,17 +69,28 @@ def figures(results: Results) -> str:
     return "\n\n".join(line for line in lines if line)
 
 
-def with_figures(document: str, text: str) -> str:
-    """Return the document with `text` between its marks.
+# What each document shows, by the name of the block between two marks.
+BLOCKS: dict[Path, dict[str, Callable[[Results], str]]] = {
+    README: {
+        "ways": lambda results: report.old_and_new(results.figures),
+        "beside": lambda results: report.beside(results.figures),
+    },
+    DOCUMENT: {"all": figures},
+}
+
+
+def with_figures(document: str, name: str, text: str) -> str:
+    """Return the document with `text` between the marks of a block.
 
     Raises:
         ValueError: a mark is missing.
     """
-    before, _, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"the document has no {BEGIN} … {END}")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+    begin, end = (f"<!-- figures {name}: {mark} -->" for mark in ("begin", "end"))
+    before, found, rest = document.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"the document has no {begin} … {end}")
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import booking, growth, loader, onsale, outage, soak
+from benchmarks import booking, fault_loaders, faults, growth, loader, onsale, outage, soak
 from benchmarks.goals import goals
-from benchmarks.latency import QUANTILES
+from benchmarks.latency import QUANTILES, RATES
 from benchmarks.results import Figure, Results, find, wrong
 
 FAILED = "failed"
@@ -33,7 +33,7 @@ def sheets(results: Results) -> list[Sheet]:
     found += [_loader(figures), _visible(figures), _growth(figures), _analysts(figures)]
     found += [_migration(figures), _reconcile(figures)]
     found += [_booking(figures), _plan(figures), _onsale(figures), _ways(figures), _kafka(figures)]
-    found += [_soak(figures)]
+    found += [_soak(figures), _faults(figures), _loader_faults(figures)]
     return [sheet for sheet in [*found, _goals(figures)] if sheet.rows]
 
 
@@ -366,6 +366,129 @@ def _soak(figures: Sequence[Figure]) -> Sheet:
     title = f"Soak: {booked:,} bookings in {minutes:.0f} minutes; medians of a minute"
     rows = [(what, f"{warm:,.1f}", f"{last:,.1f}") for what, (warm, last) in medians.items()]
     return Sheet(title, ("what", "second quarter", "last quarter"), rows)
+
+
+def _faults(figures: Sequence[Figure]) -> Sheet:
+    def late(fault: str) -> Callable[[Figure], str]:
+        return lambda figure: f"{figure['late_s'][fault]:,.1f}"
+
+    columns = {
+        "events": _number("events"),
+        "lost": _number("lost"),
+        "doubled": _number("doubled"),
+        "reordered": _number("reordered"),
+        "restarted": _number("restarted"),
+        **{fault.name: late(fault.name) for fault in faults.SCRIPT},
+    }
+    title = "Faults while publishing; around each, the latest event's seconds to a consumer"
+    return _sheet(title, "publisher", figures, "faults", name=_contender, columns=columns)
+
+
+def _loader_faults(figures: Sequence[Figure]) -> Sheet:
+    columns = {
+        "events": _number("events"),
+        "lost": _number("lost"),
+        "stale": _number("stale"),
+        "doubled": _number("doubled"),
+        "restarted": _number("restarted"),
+        "stood still s": _number("standstill_s", 1),
+        "caught up after s": _number("caught_up_s", 1),
+    }
+    title = "Faults while loading what an at-least-once publisher leaves"
+    return _sheet(title, "loader", figures, "loader faults", name=_contender, columns=columns)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A column of figures of which the best are to be seen."""
+
+    heading: str
+    section: str
+    field: str
+    decimals: int = 0
+    more_is_better: bool = False
+
+
+PUBLISHERS = {
+    "exactly_once": "**ours**, exactly once",
+    "at_least_once": "**ours**, at least once",
+    "debezium": "Debezium",
+    "polling": "`SKIP LOCKED` relay, two of them",
+}
+PUBLISHING = (
+    Compared("backlog, events/s", "drain", "events_per_s", more_is_better=True),
+    Compared("p50 ms", "latency", "p50_ms", 1),
+    Compared("p99 ms", "latency", "p99_ms", 1),
+    Compared("CPU µs/event", "drain", "cpu_us_per_event", 1),
+    Compared("peak MiB", "drain", "peak_mib"),
+    Compared("lost", "faults", "lost"),
+    Compared("doubled", "faults", "doubled"),
+    Compared("reordered", "faults", "reordered"),
+    Compared("latest event, s", "faults", "latest_s", 1),
+)
+LOADERS = {
+    loader.STARS[0]: "**ours**, the whole star",
+    loader.CURRENT: "**ours**, current state only",
+    loader.JDBC: loader.JDBC,
+    loader.BATCH: "`executemany` by 500",
+    fault_loaders.GUARDED: "`executemany`, unique facts and a version guard",
+}
+LOADING = (
+    Compared("events/s", "loader", "events_per_s", more_is_better=True),
+    Compared("CPU µs/event", "loader", "cpu_us_per_event", 1),
+    Compared("peak MiB", "loader", "peak_mib"),
+    Compared("lost", "loader faults", "lost"),
+    Compared("out of date", "loader faults", "stale"),
+    Compared("doubled", "loader faults", "doubled"),
+    Compared("stood still, s", "loader faults", "standstill_s", 1),
+)
+
+
+def beside(figures: Sequence[Figure]) -> str:
+    """Return, as Markdown for the README, everyone's figures, the best of each column bold."""
+    rows = _largest_backlog(figures)
+    measured = [
+        figure
+        for figure in figures
+        if not figure.get("open_transaction")
+        and (figure["section"] != "drain" or figure["rows"] == rows)
+        and (figure["section"] != "latency" or figure["rate"] == RATES[0])
+    ]
+    return "\n\n".join(
+        (
+            _compared("publisher", PUBLISHERS, PUBLISHING, measured),
+            _compared("loader", LOADERS, LOADING, measured),
+        )
+    )
+
+
+def _largest_backlog(figures: Sequence[Figure]) -> int:
+    """Return the largest backlog of those that most publishers have drained."""
+    drained = [
+        figure["rows"]
+        for figure in figures
+        if figure["section"] == "drain" and figure["contender"] in PUBLISHERS
+        if not figure.get("error") and not figure["open_transaction"]
+    ]
+    return max(drained, key=lambda rows: (drained.count(rows), rows), default=0)
+
+
+def _compared(
+    what: str, names: dict[str, str], columns: Sequence[Compared], figures: Sequence[Figure]
+) -> str:
+    lines = [[what, *(column.heading for column in columns)], ["-", *["-:"] * len(columns)]]
+    lines += [[label] for label in names.values()]
+    for column in columns:
+        found = [find(figures, section=column.section, contender=name) for name in names]
+        values = [figure.get(column.field) if figure else None for figure in found]
+        texts = ["-" if v is None else f"{v:,.{column.decimals}f}" for v in values]
+        known = [value for value in values if value is not None]
+        best = (max if column.more_is_better else min)(known, default=None)
+        shown = "" if best is None else f"{best:,.{column.decimals}f}"
+        all_alike = {text for text in texts if text != "-"} == {shown}
+        for line, text in zip(lines[2:], texts, strict=True):
+            line.append(f"**{text}**" if text == shown and not all_alike else text)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _goals(figures: Sequence[Figure]) -> Sheet:

@@ -15,7 +15,7 @@ from devstack.state import REPOSITORY
 
 # What a contender may fail with; the run goes on without its figure.
 FAILURES = (DevstackError, TimeoutError, RuntimeError, psycopg.Error, KafkaException)
-WRONG = ("lost", "doubled", "reordered", "sold_twice")
+WRONG = ("lost", "doubled", "reordered", "stale", "sold_twice")
 
 Figure = dict[str, Any]
 
@@ -88,8 +88,12 @@ def find(figures: Sequence[Figure], **labels: object) -> Figure | None:
 
 
 def wrong(figure: Figure) -> str:
-    """Name what is wrong with the events of a figure; empty when all is right."""
-    return ", ".join(f"{figure[name]} {name}" for name in WRONG if figure.get(name))
+    """Name what is wrong with the events of a figure; empty when all is right.
+
+    Where it says what was `promised`, the rest may be.
+    """
+    promised = figure.get("promised", WRONG)
+    return ", ".join(f"{figure[name]} {name}" for name in promised if figure.get(name))
 
 
 def _line(error: Exception) -> str:

@@ -7,10 +7,12 @@ people write them: executemany by 500, and a commit per message.
 
 import json
 import os
+import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -26,6 +28,8 @@ BATCH_ROWS = 500
 # As the worker's own.
 COPY_ROWS = 5_000
 IDLE_S = 5.0
+# A killed one's partitions are free again as soon as our worker's; the default is 45 s.
+SESSION_TIMEOUT_MS = 10_000
 
 UPSERT = """
 INSERT INTO analytics.fct_reservations AS stored (
@@ -43,8 +47,24 @@ ON CONFLICT (reservation_id) DO UPDATE SET
     seat_count = excluded.seat_count, amount = excluded.amount, currency = excluded.currency,
     created_at = excluded.created_at, updated_at = excluded.updated_at,
     expires_at = excluded.expires_at
-WHERE stored.version < excluded.version
 """
+# Most people's leave it out.
+VERSION_GUARD = "WHERE stored.version < excluded.version"
+FACTS_TABLE = """
+DROP TABLE IF EXISTS analytics.bench_facts;
+CREATE TABLE analytics.bench_facts (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, reservation_id text NOT NULL,
+    version integer NOT NULL, status text NOT NULL, amount bigint NOT NULL,
+    occurred_at timestamptz NOT NULL
+);
+GRANT SELECT, INSERT ON analytics.bench_facts TO data_platform;
+"""
+UNIQUE_FACTS = "CREATE UNIQUE INDEX ON analytics.bench_facts (reservation_id, version)"
+INSERT_FACT = """
+INSERT INTO analytics.bench_facts (reservation_id, version, status, amount, occurred_at)
+VALUES (%(reservation_id)s, %(version)s, %(status)s, %(amount)s, %(updated_at)s)
+"""
+NOT_TWICE = "ON CONFLICT (reservation_id, version) DO NOTHING"
 
 
 @click.group()
@@ -82,13 +102,33 @@ def single(topic: str, count: int) -> None:
     _consume(topic, count, 1)
 
 
+@main.command()
+@click.argument("topic")
+@click.option("--guarded", is_flag=True, help="heed versions, and take a fact once")
+def service(topic: str, *, guarded: bool) -> None:
+    """Load states and facts by executemany for ever; offsets are committed behind the rows."""
+    upsert = UPSERT + VERSION_GUARD * guarded
+    insert = INSERT_FACT + NOT_TWICE * guarded
+    consumer = _consumer(f"bench-{topic}", {"session.timeout.ms": SESSION_TIMEOUT_MS})
+    consumer.subscribe([topic])
+    with _connect() as connection:
+        while True:
+            messages = [m for m in consumer.consume(BATCH_ROWS, 0.5) if not m.error()]
+            if messages:
+                states = [_state(m) for m in messages]
+                with connection.transaction(), connection.cursor() as cursor:
+                    cursor.executemany(upsert, states)
+                    cursor.executemany(insert, states)
+                consumer.commit(asynchronous=False)
+
+
 @main.command("raw-copy")
 @click.argument("topic")
 @click.argument("count", type=int)
 def raw_copy(topic: str, count: int) -> None:
     """Write the same rows by COPY from memory; each state once, as it ends."""
     texts = list(_texts(topic, count))
-    began = time.monotonic()
+    began, before = time.monotonic(), time.process_time()
     with _connect() as connection:
         for facts, states, seats in texts:
             with connection.transaction(), connection.cursor() as cursor:
@@ -99,7 +139,7 @@ def raw_copy(topic: str, count: int) -> None:
                 ):
                     with cursor.copy(statement) as copy:
                         copy.write(text)
-    _tell(count, began)
+    _tell(count, began, before)
 
 
 def _texts(topic: str, count: int) -> Iterator[tuple[bytes, bytes, bytes]]:
@@ -120,15 +160,17 @@ def _texts(topic: str, count: int) -> Iterator[tuple[bytes, bytes, bytes]]:
 
 def _consume(topic: str, count: int, rows: int) -> None:
     with _connect() as connection:
-        began, loaded = 0.0, 0
+        began, before, loaded = 0.0, 0.0, 0
         for messages in _messages(topic, count, rows):
             if not messages:
                 break
-            began = began or time.monotonic()
+            began, before = began or time.monotonic(), before or time.process_time()
             with connection.transaction():
-                connection.cursor().executemany(UPSERT, [_state(m) for m in messages])
+                connection.cursor().executemany(
+                    UPSERT + VERSION_GUARD, [_state(m) for m in messages]
+                )
             loaded += len(messages)
-    _tell(loaded, began)
+    _tell(loaded, began, before)
 
 
 def _state(message: Message) -> dict[str, Any]:
@@ -146,14 +188,7 @@ def _state(message: Message) -> dict[str, Any]:
 
 def _messages(topic: str, count: int, rows: int) -> Iterator[list[Message]]:
     """Yield up to `rows` records at a time, `count` in all; then an empty list."""
-    consumer = Consumer(
-        {
-            "bootstrap.servers": os.environ["KAFKA_BOOTSTRAP_SERVERS"],
-            "group.id": f"bench-{os.getpid()}",
-            "auto.offset.reset": "earliest",
-            "enable.auto.commit": False,
-        }
-    )
+    consumer = _consumer(f"bench-{os.getpid()}")
     consumer.subscribe([topic])
     found, heard_at = 0, time.monotonic() + 30
     while found < count and time.monotonic() < heard_at + IDLE_S:
@@ -167,13 +202,32 @@ def _messages(topic: str, count: int, rows: int) -> Iterator[list[Message]]:
     yield []
 
 
+def _consumer(group: str, settings: Mapping[str, str | int] = MappingProxyType({})) -> Consumer:
+    return Consumer(
+        {
+            "bootstrap.servers": os.environ["KAFKA_BOOTSTRAP_SERVERS"],
+            "group.id": group,
+            "auto.offset.reset": "earliest",
+            "enable.auto.commit": False,
+            **settings,
+        }
+    )
+
+
 def _connect() -> psycopg.Connection:
     url = config.load(config.DatabaseSettings).analytics_database_url.get_secret_value()
     return psycopg.connect(url, autocommit=True)
 
 
-def _tell(count: int, began: float) -> None:
-    click.echo(json.dumps({"rows": count, "seconds": time.monotonic() - began}))
+def _tell(count: int, began: float, cpu_before_s: float) -> None:
+    """Say how many rows were loaded, how long it took and what it cost this process."""
+    told = {
+        "rows": count,
+        "seconds": time.monotonic() - began,
+        "cpu_s": time.process_time() - cpu_before_s,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    click.echo(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 from uuid import UUID
 
 from confluent_kafka import Producer
@@ -31,6 +32,15 @@ class Filled:
     events: int
     reservations: int
     value_bytes: float
+
+
+class Record(NamedTuple):
+    """A record to produce, and which event of which reservation it tells."""
+
+    reservation: str
+    version: int
+    key: bytes
+    value: bytes
 
 
 def uuid7(milliseconds: int, dice: random.Random) -> str:
@@ -60,27 +70,41 @@ def fill(
         shape: turns an event's template into what the records are to hold.
         key_of: turns a reservation's id into a record's key.
     """
-    dice = random.Random(count)  # noqa: S311 - the same events each time
-    rows = events.templates()
-    texts = [shape(row[2]) for row in rows]
-    pairs = list(zip(texts[::2], texts[1::2], strict=True))
     producer = Producer({**SETTINGS, "bootstrap.servers": bootstrap_servers})
-    held: deque[tuple[str, str]] = deque()
     produced = size_bytes = reservations = 0
-    while produced < count:
-        if len(held) > HELD_FOR_RESERVATIONS or reservations >= count - count // 2:
-            name, template = held.popleft()
+    for record in records(count, first_ms=first_ms, shape=shape, key_of=key_of):
+        _produce(producer, topic, record.key, record.value)
+        produced, size_bytes = produced + 1, size_bytes + len(record.value)
+        reservations += record.version == 1
+    if producer.flush(FLUSH_TIMEOUT_S):
+        raise TimeoutError(f"{topic} was not filled within {FLUSH_TIMEOUT_S:g} s")
+    return Filled(produced, reservations, round(size_bytes / produced, 1))
+
+
+def records(
+    count: int,
+    *,
+    first_ms: int = FIRST_MS,
+    held_for: int = HELD_FOR_RESERVATIONS,
+    shape: Callable[[str], str] = str,
+    key_of: Callable[[str], str] = str,
+) -> Iterator[Record]:
+    """Yield `count` events as `fill` produces them, a reservation completed `held_for` later."""
+    dice = random.Random(count)  # noqa: S311 - the same events each time
+    texts = [shape(row[2]) for row in events.templates()]
+    pairs = list(zip(texts[::2], texts[1::2], strict=True))
+    held: deque[tuple[str, str]] = deque()
+    reservations = 0
+    for _ in range(count):
+        if len(held) > held_for or reservations >= count - count // 2:
+            version, (name, template) = 2, held.popleft()
         else:
-            reservations += 1
+            version, reservations = 1, reservations + 1
             name = uuid7(first_ms + reservations // RESERVATIONS_PER_MS, dice)
             template, completed = dice.choice(pairs)
             held.append((name, completed))
         value = template.replace(events.TEMPLATE_ID, name).encode()
-        _produce(producer, topic, key_of(name).encode(), value)
-        produced, size_bytes = produced + 1, size_bytes + len(value)
-    if producer.flush(FLUSH_TIMEOUT_S):
-        raise TimeoutError(f"{topic} was not filled within {FLUSH_TIMEOUT_S:g} s")
-    return Filled(produced, reservations, round(size_bytes / produced, 1))
+        yield Record(name, version, key_of(name).encode(), value)
 
 
 def _produce(producer: Producer, topic: str, key: bytes, value: bytes) -> None:

@@ -144,12 +144,14 @@ def test_charts_are_svg_without_scripts_and_the_same_for_the_same_figures(
 
 
 def test_figures_are_put_between_the_marks_and_nowhere_else() -> None:
-    document = f"before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n"
-    once = publish.with_figures(document, "new")
-    assert once == f"before\n{publish.BEGIN}\nnew\n{publish.END}\nafter\n"
-    assert publish.with_figures(once, "new") == once
-    with pytest.raises(ValueError, match="figures: begin"):
-        publish.with_figures("no marks", "new")
+    other = "<!-- figures b: begin -->\nkept\n<!-- figures b: end -->\n"
+    document = f"before\n<!-- figures a: begin -->\nold\n<!-- figures a: end -->\nafter\n{other}"
+    once = publish.with_figures(document, "a", "new")
+    assert once == document.replace("old", "new")
+    assert publish.with_figures(once, "a", "new") == once
+    for missing in ("c", "begin"):
+        with pytest.raises(ValueError, match=f"figures {missing}: begin"):
+            publish.with_figures(document, missing, "new")
 
 
 def test_quantiles_are_the_nearest_rank_in_milliseconds() -> None:
@@ -177,9 +179,7 @@ def test_of_several_runs_each_section_is_published_whole_from_the_last_that_has_
 
 def test_the_documents_show_the_published_figures_and_nothing_typed_in() -> None:
     results = load(publish.PUBLISHED)
-    for document, told in (
-        (publish.README, report.old_and_new(results.figures)),
-        (publish.DOCUMENT, publish.figures(results)),
-    ):
+    for document, blocks in publish.BLOCKS.items():
         text = document.read_text("utf-8")
-        assert text == publish.with_figures(text, told), document.name
+        for name, told in blocks.items():
+            assert text == publish.with_figures(text, name, told(results)), (document.name, name)

@@ -206,15 +206,20 @@ class Verdict:
 
 
 def judge(url: str, published: list[tuple[str, int]]) -> Verdict:
-    """Compare what was published, as (key, number) in order, with the outbox table.
-
-    Under at_least_once a repetition is no fault: for order each event's first appearance counts.
-    """
+    """Compare what was published, as (key, number) in order, with the outbox table."""
     with psycopg.connect(url) as connection:
         committed = {
             (key, payload["number"])
             for key, payload in connection.execute("SELECT key, payload FROM outbox").fetchall()
         }
+    return compare(committed, published)
+
+
+def compare(committed: set[tuple[str, int]], published: list[tuple[str, int]]) -> Verdict:
+    """Compare what was published, as (key, number) in order, with what was committed.
+
+    Under at_least_once a repetition is no fault: for order each event's first appearance counts.
+    """
     first_seen = list(dict.fromkeys(published))
     reordered, last = 0, dict[str, int]()
     for key, number in first_seen:
