@@ -110,7 +110,7 @@ def main(only: str | None) -> None:
             good &= fine
             row = ("none", f"all of these, {delivery}", verdict.said or "nothing, rightly")
             table.add_row(*row, f"{verdict.seconds:.0f}", style="green" if fine else "red")
-            verdicts.append((*row, verdict.seconds))
+            verdicts.append((*row, verdict.seconds, fine))
         for mutant in mutants:
             verdict = tried(tree, mutant.patch, [mutant], FOUND_WITHIN_S)
             fine = bool(verdict.differences)
@@ -119,10 +119,10 @@ def main(only: str | None) -> None:
             console.print(f"{mutant.name}: {found} ({verdict.seconds:.0f} s)", highlight=False)
             row = (mutant.name, mutant.fault, found)
             table.add_row(*row, f"{verdict.seconds:.0f}", style="green" if fine else "red")
-            verdicts.append((*row, verdict.seconds))
+            verdicts.append((*row, verdict.seconds, fine))
     report.console().print(table)
     verdicts_file().parent.mkdir(parents=True, exist_ok=True)
-    names = ("name", "fault", "said", "seconds")
+    names = ("name", "fault", "said", "seconds", "right")
     text = json.dumps([dict(zip(names, row, strict=True)) for row in verdicts], indent=1)
     verdicts_file().write_text(text + "\n", encoding="utf-8")
     sys.exit(0 if good else 1)

@@ -19,6 +19,7 @@ from devstack.processes import ConfigurationError
 from devstack.state import REPOSITORY, home
 
 DOCUMENT = REPOSITORY / "docs" / "chaos.md"
+README = REPOSITORY / "README.md"
 CHARTS = REPOSITORY / "docs" / "charts"
 RESULTS = Path(__file__).with_name("results")
 DRAWN = ("faults", "flow")
@@ -58,6 +59,28 @@ def main(outcomes: tuple[Path, ...]) -> None:
     ):
         document = with_block(document, name, "\n".join(lines))
     DOCUMENT.write_text(document, encoding="utf-8")
+    readme = with_block(README.read_text("utf-8"), "chaos", summary(runs, verdicts))
+    README.write_text(readme, encoding="utf-8")
+
+
+def summary(runs: Sequence[Run], verdicts: Iterable[Mapping[str, Any]]) -> str:
+    """Return all runs in a sentence or two."""
+    struck = [one for run in runs for one in run["struck"]]
+    told, events = (
+        sum(run["figures"][name] for run in runs)
+        for name in ("reservations told", "events in the outbox")
+    )
+    differences = sum(one["count"] for run in runs for one in run["differences"])
+    mutants = [one for one in verdicts if one["name"] != "none"]
+    found = sum(one["right"] for one in mutants)
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    minutes = sum(run["seconds"] for run in runs) / 60
+    return (
+        f"Seeds {seeds}, {minutes:.0f} minutes in all: {len(struck)} faults of "
+        f"{len({one['kind'] for one in struck})} kinds, {told:,} bookings told to clients, "
+        f"{events:,} events; lost, doubled, reordered, oversold: **{differences}**. "
+        f"Of {len(mutants)} deliberate bugs the same audit finds {found}."
+    )
 
 
 def runs_table(runs: Sequence[Run]) -> list[str]:
@@ -105,10 +128,7 @@ def _spread(seconds: Sequence[float | None]) -> str:
 
 def mutants_table(verdicts: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return a line for each deliberate bug: what found it, and how soon."""
-    rows = [
-        [one["name"], one["fault"], one["said"] or "nothing", f"{one['seconds']:.0f}"]
-        for one in verdicts
-    ]
+    rows = [[one["name"], one["fault"], one["said"], f"{one['seconds']:.0f}"] for one in verdicts]
     return table(("bug", "fault", "differences found", "s"), rows)
 
 

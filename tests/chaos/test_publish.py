@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from chaos.publish import mutants_table, recovery_table, runs_table, with_block
+from chaos.publish import mutants_table, recovery_table, runs_table, summary, with_block
 
 RUN: dict[str, Any] = {
     "seed": 7,
@@ -40,8 +40,22 @@ def test_recovery_is_told_by_its_median_and_its_worst_and_never_is_never_left_ou
 
 
 def test_a_mutant_that_nothing_found_is_told() -> None:
-    found = [{"name": "cursor-on-id", "fault": "rows committed late", "said": "", "seconds": 41.2}]
+    found = [
+        {"name": "cursor-on-id", "fault": "rows committed late", "said": "nothing", "seconds": 41.2}
+    ]
     assert mutants_table(found)[-1] == "| cursor-on-id | rows committed late | nothing | 41 |"
+
+
+def test_the_summary_counts_differences_and_bugs_that_were_not_found() -> None:
+    verdicts = [
+        {"name": "none", "right": True},
+        {"name": "cursor-on-id", "right": True},
+        {"name": "swallowed-exception", "right": False},
+    ]
+    wrong = RUN | {"seed": 8, "differences": [{"kind": "event lost", "count": 3}]}
+    said = summary([RUN, wrong], verdicts)
+    assert said.startswith("Seeds 7, 8, 20 minutes in all: 6 faults of 2 kinds, 2,468 bookings")
+    assert said.endswith("oversold: **3**. Of 2 deliberate bugs the same audit finds 1.")
 
 
 def test_a_block_is_replaced_between_its_own_marks_only() -> None:
