@@ -4,7 +4,6 @@ Without arguments: what `make chaos` and `make chaos-mutants` have left here las
 """
 
 import json
-import re
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 import click
 
+from benchmarks.publish import with_figures
 from chaos.mutation import verdicts_file
 from devstack.processes import ConfigurationError
 from devstack.state import REPOSITORY, home
@@ -57,9 +57,9 @@ def main(outcomes: tuple[Path, ...]) -> None:
         ("recovery", recovery_table(runs)),
         ("mutants", mutants_table(verdicts)),
     ):
-        document = with_block(document, name, "\n".join(lines))
+        document = with_figures(document, name, "\n".join(lines))
     DOCUMENT.write_text(document, encoding="utf-8")
-    readme = with_block(README.read_text("utf-8"), "chaos", summary(runs, verdicts))
+    readme = with_figures(README.read_text("utf-8"), "chaos", summary(runs, verdicts))
     README.write_text(readme, encoding="utf-8")
 
 
@@ -135,21 +135,6 @@ def mutants_table(verdicts: Iterable[Mapping[str, Any]]) -> list[str]:
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Return a table as lines of Markdown."""
     return [f"| {' | '.join(line)} |" for line in (heads, ["-"] * len(heads), *rows)]
-
-
-def with_block(document: str, name: str, text: str) -> str:
-    """Return the document with `text` between the marks of this name.
-
-    Raises:
-        ValueError: a mark is missing.
-    """
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    whole, count = re.subn(
-        f"{begin}.*{end}", lambda _: f"{begin}\n{text}\n{end}", document, flags=re.DOTALL
-    )
-    if count != 1:
-        raise ValueError(f"the document has no {begin} … {end}, or has it twice")
-    return whole
 
 
 if __name__ == "__main__":

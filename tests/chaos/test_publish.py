@@ -2,9 +2,7 @@
 
 from typing import Any
 
-import pytest
-
-from chaos.publish import mutants_table, recovery_table, runs_table, summary, with_block
+from chaos.publish import mutants_table, recovery_table, runs_table, summary
 
 RUN: dict[str, Any] = {
     "seed": 7,
@@ -56,10 +54,3 @@ def test_the_summary_counts_differences_and_bugs_that_were_not_found() -> None:
     said = summary([RUN, wrong], verdicts)
     assert said.startswith("Seeds 7, 8, 20 minutes in all: 6 faults of 2 kinds, 2,468 bookings")
     assert said.endswith("oversold: **3**. Of 2 deliberate bugs the same audit finds 1.")
-
-
-def test_a_block_is_replaced_between_its_own_marks_only() -> None:
-    document = "a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb <!-- y: begin --><!-- y: end -->"
-    assert with_block(document, "x", "new") == document.replace("old", "new")
-    with pytest.raises(ValueError, match="z: begin"):
-        with_block(document, "z", "new")
