@@ -2,11 +2,14 @@
 
 `cut` refuses and drops, `freeze` keeps every connection open and silent (bytes and closes wait
 until `open`, as behind a cable that was pulled), `freeze_at` does so at a certain message, `slow`
-delays each piece. A thread a direction; all of them end with `close`.
+is a longer way: what is sent arrives so much later, however much else is on its way. A thread a
+direction, a second one where it is slow; all of them end with `close`.
 """
 
 import socket
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Self
@@ -14,6 +17,8 @@ from typing import Self
 CONNECT_TIMEOUT_S = 5.0
 JOIN_TIMEOUT_S = 10.0
 PIECE_MAX_BYTES = 256 * 1024
+# Of a direction; more waits where it comes from, as with a TCP window. 5 ms carry 800 MB/s.
+ON_THE_WAY_MAX_BYTES = 4 * 1024 * 1024
 KAFKA_HEADER_BYTES = 6  # four of length, two of the API key
 
 
@@ -63,7 +68,7 @@ class Proxy:
         return not self._flowing.is_set()
 
     def slow(self, delay_s: float) -> None:
-        """Hold each piece up for so long, until `open`."""
+        """Let everything arrive so much later, in each direction, until `open`."""
         self._delay_s = delay_s
 
     def open(self) -> None:
@@ -133,12 +138,37 @@ class Proxy:
     def _pump(
         self, source: socket.socket, sink: socket.socket, pass_on: Callable[[bytes], None]
     ) -> None:
+        way: _Way | None = None
         with suppress(OSError):
             while piece := source.recv(PIECE_MAX_BYTES):
-                self._closing.wait(self._delay_s)
+                if way is None and self._delay_s:
+                    # From now on all goes this way, or what comes later would overtake.
+                    way = _Way()
+                    self._start(self._arrive, way, source, sink, pass_on)
+                if way is None:
+                    pass_on(piece)
+                else:
+                    way.put(piece, self._delay_s)
+        if way is None:
+            self._flowing.wait()
+            self._end(source, sink)
+        else:
+            way.put(b"", self._delay_s)
+
+    def _arrive(
+        self,
+        way: "_Way",
+        source: socket.socket,
+        sink: socket.socket,
+        pass_on: Callable[[bytes], None],
+    ) -> None:
+        """Pass on what is on the way when it is due; its end ends the connection."""
+        with suppress(OSError):
+            while piece := way.take(self._closing):
                 pass_on(piece)
         self._flowing.wait()
         self._end(source, sink)
+        way.abandon()
 
     def _drop(self) -> None:
         with self._lock:
@@ -153,12 +183,48 @@ class Proxy:
                 end.shutdown(socket.SHUT_RDWR)
             end.close()
 
-    def _start(self, target: Callable[..., None], *arguments: socket.socket) -> None:
+    def _start(self, target: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=target, args=arguments, daemon=True)
         with self._lock:
             self._threads = [known for known in self._threads if known.is_alive()]
             self._threads.append(thread)
         thread.start()
+
+
+class _Way:
+    """The pieces of a direction, each until it is due; an empty one is the end."""
+
+    def __init__(self) -> None:
+        self._pieces: deque[tuple[float, bytes]] = deque()
+        self._bytes = 0
+        self._abandoned = False
+        self._changed = threading.Condition()
+
+    def put(self, piece: bytes, delay_s: float) -> None:
+        """Send a piece off as soon as there is room; when nobody takes any more, drop it."""
+        due_s = time.monotonic() + delay_s
+        with self._changed:
+            self._changed.wait_for(lambda: self._abandoned or self._bytes < ON_THE_WAY_MAX_BYTES)
+            self._pieces.append((due_s, piece))
+            self._bytes += len(piece)
+            self._changed.notify_all()
+
+    def take(self, hurry: threading.Event) -> bytes:
+        """Return the next piece when it is due, or at once when there is a `hurry`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._pieces)
+            due_s, piece = self._pieces.popleft()
+        hurry.wait(max(0.0, due_s - time.monotonic()))
+        with self._changed:
+            self._bytes -= len(piece)
+            self._changed.notify_all()
+        return piece
+
+    def abandon(self) -> None:
+        """Take no more."""
+        with self._changed:
+            self._abandoned = True
+            self._changed.notify_all()
 
 
 def kafka_requests(piece: bytes) -> Iterator[int]:

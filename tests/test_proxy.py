@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from tests.proxy import Proxy, kafka_requests
 
 QUIET_S = 0.3
+DELAY_S = 0.3
+PACE_S = 0.01
 
 
 @pytest.fixture
@@ -94,6 +97,60 @@ def test_it_freezes_at_a_certain_message(proxy: Proxy, *, after: bool) -> None:
             proxy.open()
             client.settimeout(5)
             assert client.recv(1000) == b"now"
+
+
+def test_what_is_slow_takes_a_delay_each_way(proxy: Proxy) -> None:
+    with connect(proxy) as client:
+        assert ask(client, b"one") == b"one"
+        proxy.slow(DELAY_S)
+        began = time.monotonic()
+        assert ask(client, b"two") == b"two"
+        assert 2 * DELAY_S <= time.monotonic() - began < 3 * DELAY_S
+
+
+def test_pieces_sent_one_after_the_other_are_on_their_way_at_once(proxy: Proxy) -> None:
+    sent_s: list[float] = []
+
+    def send() -> None:
+        for number in range(60):
+            sent_s.append(time.monotonic())
+            client.sendall(bytes([number]))
+            threading.Event().wait(PACE_S)
+
+    proxy.slow(DELAY_S / 2)
+    with connect(proxy) as client:
+        sender = threading.Thread(target=send)
+        sender.start()
+        for number in range(60):
+            assert client.recv(1) == bytes([number])
+            assert DELAY_S <= time.monotonic() - sent_s[number] < 1.5 * DELAY_S
+        sender.join()
+
+
+def test_much_takes_one_delay_and_not_one_for_each_piece(proxy: Proxy) -> None:
+    much = bytes(range(256)) * 12_000
+    proxy.slow(DELAY_S)
+    with connect(proxy) as client:
+        began = time.monotonic()
+        sender = threading.Thread(target=client.sendall, args=(much,))
+        sender.start()
+        found = b""
+        while len(found) < len(much):
+            found += client.recv(1_000_000)
+            if len(found) > len(much) / 2:  # what comes quickly now stays behind what was slow
+                proxy.open()
+        assert time.monotonic() - began < 5 * DELAY_S
+        assert found == much
+        sender.join()
+
+
+def test_what_is_on_its_way_is_lost_by_a_cut_and_by_the_end_of_the_proxy(proxy: Proxy) -> None:
+    with connect(proxy) as client, connect(proxy) as other:
+        assert ask(client, b"one") == ask(other, b"one") == b"one"
+        proxy.slow(60)
+        client.sendall(b"two")
+        proxy.cut()
+        assert client.recv(1000) == other.recv(1000) == b""
 
 
 def test_every_request_of_a_piece_is_seen() -> None:
