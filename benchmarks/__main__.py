@@ -31,6 +31,7 @@ from benchmarks import (
     quix,
     reconcile,
     report,
+    scale,
     writers,
 )
 from benchmarks.results import Results
@@ -42,7 +43,7 @@ from devstack.steps import Steps
 RESULTS = Path(__file__).with_name("results")
 SECTIONS = (
     *("drain", "latency", "idle", "writers", "loader", "growth", "analysts", "reconcile"),
-    *("booking", "onsale", "outage", "faults"),
+    *("booking", "onsale", "outage", "faults", "scale"),
 )
 # Whole figures, even where a narrow terminal breaks the lines.
 TABLE_COLUMNS = 150
@@ -65,6 +66,7 @@ class Size:
     outage_s: int
     outage_rounds: int
     faults_s: int
+    scale_rows: int
 
 
 SIZES = {
@@ -82,6 +84,7 @@ SIZES = {
         outage_s=6,
         outage_rounds=1,
         faults_s=20,
+        scale_rows=100_000,
     ),
     "standard": Size(
         (10_000, 100_000, 1_000_000),
@@ -97,6 +100,7 @@ SIZES = {
         outage_s=15,
         outage_rounds=3,
         faults_s=60,
+        scale_rows=400_000,
     ),
     "full": Size(
         (10_000, 100_000, 1_000_000, 10_000_000),
@@ -112,6 +116,7 @@ SIZES = {
         outage_s=30,
         outage_rounds=4,
         faults_s=60,
+        scale_rows=1_000_000,
     ),
 }
 
@@ -168,6 +173,7 @@ def _measure(
             "onsale": lambda: onsale.measure(around, results),
             "outage": lambda: outage.measure(around, results, size.outage_s, size.outage_rounds),
             "faults": lambda: _faults(around, results, size.faults_s, peers=peers),
+            "scale": lambda: scale.measure(around, results, size.scale_rows, size.booking_s),
         }[section]()
 
 

@@ -54,7 +54,7 @@ def measure(around: Surroundings, results: Results, sizes: tuple[int, ...], *, p
             for contender in known:
                 results.attempt(
                     {"section": "warm-up", "contender": contender.name},
-                    lambda c=contender: _drain(around, c, backlog),  # type: ignore[misc]
+                    lambda c=contender: publish(around, c, backlog),  # type: ignore[misc]
                 )
         results.sizes = events.describe(around.owner_url)
         # One that can't even do that would only cost its time limit at every size.
@@ -92,11 +92,11 @@ def _drain_by_all(
             with around.steps.step(f"{rows:,} rows{behind}: {contender.name}"):
                 results.attempt(
                     labels | {"contender": contender.name},
-                    lambda c=contender: _drain(around, c, backlog),  # type: ignore[misc]
+                    lambda c=contender: publish(around, c, backlog),  # type: ignore[misc]
                 )
 
 
-def _drain(around: Surroundings, contender: Contender, backlog: Backlog) -> dict[str, Any]:
+def publish(around: Surroundings, contender: Contender, backlog: Backlog) -> dict[str, Any]:
     """Let a contender publish a backlog; return its figures."""
     arrivals = around.arrivals(contender.topic)
     groups = around.server_pids()

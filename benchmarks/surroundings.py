@@ -65,7 +65,7 @@ class Surroundings:
             found = connection.execute(POSTMASTER).fetchone()
         folder = Path(str(found[0] if found else ""))
         postmaster = int((folder / "postmaster.pid").read_text(encoding="ascii").split()[0])
-        broker = self.stack.kafka.brokers[0].process
+        broker = self.kafka.brokers[0].process
         assert isinstance(broker, Process)  # noqa: S101 - checked at the start
         return {"postgres": postmaster, "kafka": broker.pid}
 

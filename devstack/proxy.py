@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Self
 
 CONNECT_TIMEOUT_S = 5.0
@@ -20,6 +21,15 @@ PIECE_MAX_BYTES = 256 * 1024
 # Of a direction; more waits where it comes from, as with a TCP window. 5 ms carry 800 MB/s.
 ON_THE_WAY_MAX_BYTES = 4 * 1024 * 1024
 KAFKA_HEADER_BYTES = 6  # four of length, two of the API key
+
+
+@dataclass
+class Traffic:
+    """What has passed, in all connections; a round trip is an answer that was waited for."""
+
+    asked_bytes: int = 0
+    answered_bytes: int = 0
+    round_trips: int = 0
 
 
 class Proxy:
@@ -41,6 +51,8 @@ class Proxy:
         self._trigger: Callable[[bytes], bool] | None = None
         self._lets_pass = False
         self._delay_s = 0.0
+        self._traffic = Traffic()
+        self._asking: set[socket.socket] = set()
         self._start(self._accept)
 
     def __enter__(self) -> Self:
@@ -66,6 +78,12 @@ class Proxy:
     def frozen(self) -> bool:
         """Whether nothing passes."""
         return not self._flowing.is_set()
+
+    @property
+    def traffic(self) -> Traffic:
+        """What has passed so far."""
+        with self._lock:
+            return replace(self._traffic)
 
     def slow(self, delay_s: float) -> None:
         """Let everything arrive so much later, in each direction, until `open`."""
@@ -124,6 +142,9 @@ class Proxy:
                 self.freeze()
             if not freezes or not self._lets_pass:
                 self._flowing.wait()
+            with self._lock:
+                self._traffic.asked_bytes += len(piece)
+                self._asking.add(client)
             server.sendall(piece)
 
         self._pump(client, server, pass_on)
@@ -131,6 +152,10 @@ class Proxy:
     def _answer(self, client: socket.socket, server: socket.socket) -> None:
         def pass_on(piece: bytes) -> None:
             self._flowing.wait()
+            with self._lock:
+                self._traffic.answered_bytes += len(piece)
+                self._traffic.round_trips += client in self._asking
+                self._asking.discard(client)
             client.sendall(piece)
 
         self._pump(server, client, pass_on)
@@ -178,6 +203,7 @@ class Proxy:
     def _end(self, *ends: socket.socket) -> None:
         with self._lock:
             self._sockets -= set(ends)
+            self._asking -= set(ends)
         for end in ends:
             with suppress(OSError):  # wakes the thread that reads from it
                 end.shutdown(socket.SHUT_RDWR)

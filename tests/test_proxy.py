@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from devstack.proxy import Traffic
 from tests.proxy import Proxy, kafka_requests
 
 QUIET_S = 0.3
@@ -97,6 +98,14 @@ def test_it_freezes_at_a_certain_message(proxy: Proxy, *, after: bool) -> None:
             proxy.open()
             client.settimeout(5)
             assert client.recv(1000) == b"now"
+
+
+def test_it_counts_bytes_and_round_trips(proxy: Proxy) -> None:
+    with connect(proxy) as client, connect(proxy) as other:
+        for _ in range(3):
+            assert ask(client, b"one") == b"one"
+        assert ask(other, b"three") == b"three"
+        assert proxy.traffic == Traffic(asked_bytes=14, answered_bytes=14, round_trips=4)
 
 
 def test_what_is_slow_takes_a_delay_each_way(proxy: Proxy) -> None:
