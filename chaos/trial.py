@@ -32,6 +32,7 @@ def trial(
     *,
     delivery: str,
     relays: int = SMALL.relays,
+    seed: int = 1,
     logs: Path | None = None,
 ) -> whole.Outcome:
     """Strike a small product with these faults for so many seconds each, and audit.
@@ -42,7 +43,7 @@ def trial(
     return whole.run(
         planned,
         seconds=planned[-1].ends_s + AFTER_S,
-        seed=1,
+        seed=seed,
         size=replace(SMALL, relays=relays),
         load=LOAD,
         steps=steps,
@@ -57,6 +58,7 @@ def trial(
 @click.argument("faults", nargs=-1, required=True)
 @click.option("--delivery", default="exactly_once", show_default=True)
 @click.option("--relays", type=click.IntRange(1), default=SMALL.relays, show_default=True)
+@click.option("--seed", type=int, default=1, show_default=True)
 @click.option("--report", type=click.Path(path_type=Path), help="a file for the JSON")
 @click.option("--logs", type=click.Path(path_type=Path), help="a folder for the parts' logs")
 def main(
@@ -64,13 +66,14 @@ def main(
     faults: tuple[str, ...],
     delivery: str,
     relays: int,
+    seed: int,
     report: Path | None,
     logs: Path | None,
 ) -> None:
     """Strike with these FAULTS, each like `relay killed=4` (seconds)."""
     wanted = [_fault(text) for text in faults]
     with ending_well(INTERRUPTED), Steps() as steps:
-        outcome = trial(wanted, steps, delivery=delivery, relays=relays, logs=logs)
+        outcome = trial(wanted, steps, delivery=delivery, relays=relays, seed=seed, logs=logs)
     text = json.dumps({**asdict(outcome), "good": outcome.good}, indent=1)
     if report is None:
         click.echo(text)
