@@ -28,6 +28,7 @@ from benchmarks import (
     loader,
     onsale,
     outage,
+    promises,
     quix,
     reconcile,
     report,
@@ -66,6 +67,8 @@ class Size:
     outage_s: int
     outage_rounds: int
     faults_s: int
+    promises_events: int
+    promises_rounds: int
     scale_rows: int
 
 
@@ -84,6 +87,8 @@ SIZES = {
         outage_s=6,
         outage_rounds=1,
         faults_s=20,
+        promises_events=20_000,
+        promises_rounds=1,
         scale_rows=100_000,
     ),
     "standard": Size(
@@ -100,6 +105,8 @@ SIZES = {
         outage_s=15,
         outage_rounds=3,
         faults_s=60,
+        promises_events=promises.HOUR_EVENTS,
+        promises_rounds=3,
         scale_rows=400_000,
     ),
     "full": Size(
@@ -116,6 +123,8 @@ SIZES = {
         outage_s=30,
         outage_rounds=4,
         faults_s=60,
+        promises_events=promises.HOUR_EVENTS,
+        promises_rounds=3,
         scale_rows=1_000_000,
     ),
 }
@@ -172,6 +181,9 @@ def _measure(
             "booking": lambda: booking.measure(around, results, size.booking_s, size.crowd_seats),
             "onsale": lambda: onsale.measure(around, results),
             "outage": lambda: outage.measure(around, results, size.outage_s, size.outage_rounds),
+            "promises": lambda: promises.measure(
+                around, results, size.promises_events, size.promises_rounds
+            ),
             "faults": lambda: _faults(around, results, size.faults_s, peers=peers),
             "scale": lambda: scale.measure(around, results, size.scale_rows, size.booking_s),
         }[section]()

@@ -59,6 +59,11 @@ class Verdict:
         return self.expected - (self.records - self.doubled)
 
     @property
+    def keys(self) -> int:
+        """Reservations that there were events of."""
+        return len(self._versions)
+
+    @property
     def right(self) -> bool:
         """Whether every event is there once and in order."""
         return not (self.lost or self.doubled or self.reordered)
@@ -169,15 +174,22 @@ class Arrivals:
 
 
 class Reader:
-    """A `read_committed` consumer of all partitions of a topic from given offsets on."""
+    """A consumer of all partitions of a topic from given offsets on, of what is committed."""
 
-    def __init__(self, bootstrap_servers: str, topic: str, begin: Offsets) -> None:
+    def __init__(
+        self,
+        bootstrap_servers: str,
+        topic: str,
+        begin: Offsets,
+        *,
+        isolation: str = "read_committed",
+    ) -> None:
         self._consumer = Consumer(
             {
                 "bootstrap.servers": bootstrap_servers,
                 "group.id": "benchmark",
                 "enable.auto.commit": False,
-                "isolation.level": "read_committed",
+                "isolation.level": isolation,
                 "auto.offset.reset": "error",
                 "enable.partition.eof": True,
                 "log_level": 0,

@@ -1,0 +1,221 @@
+"""What becomes of publishing when its broker or its relay goes.
+
+Three brokers of their own, every topic on all of them; two relays, of which one leads. Events are
+committed at a steady rate; then the broker that leads most of the topic's partitions is killed
+(SIGKILL), or the leading relay is, or it is asked to end (SIGTERM); beside it a round in which
+nothing happens. `gap_s` is the longest time without a record in any of the partitions (of those the
+broker led, where one is struck), by the brokers' own stamps; `latest_s` the longest from an event's
+commit to its stamp. The whole topic is then followed version by version.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import count, pairwise
+
+from confluent_kafka.admin import AdminClient
+
+from benchmarks import events, latency, load
+from benchmarks.arrivals import MILLISECONDS, Arrivals, Reader, Verdict
+from benchmarks.promise_group import broker_setting_s
+from benchmarks.promise_parts import note_order
+from benchmarks.results import Figure, Results
+from benchmarks.surroundings import RELAY_START_TIMEOUT_S, RELAY_STOP_TIMEOUT_S, Surroundings, says
+from devstack.kafka import KafkaCluster
+from devstack.parts import new_kafka
+from devstack.processes import Process, succeed, wait_until
+from devstack.stack import COMMAND_TIMEOUT_S
+
+FAILOVER = "promise failover"
+NOTHING, BROKER, KILLED, STOPPED = (
+    "nothing struck",
+    "broker killed that leads",
+    "leading relay killed",
+    "leading relay stopped",
+)
+BROKERS, RATE = 3, 200
+NAME = "bench-failover"
+BEFORE_S, LOAD_S = 2, 12
+IN_SYNC_TIMEOUT_S, ARRIVE_TIMEOUT_S, LOOK_EVERY_S = 90.0, 60.0, 0.5
+SESSION = "broker.session.timeout.ms"
+
+
+@dataclass
+class Scene:
+    """The brokers and the relays; the first of these leads."""
+
+    around: Surroundings
+    kafka: KafkaCluster
+    relays: list[Process] = field(default_factory=list)
+    _numbers: Iterator[int] = field(default_factory=count)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What makes a program of ours use these brokers."""
+        return {
+            "KAFKA_BOOTSTRAP_SERVERS": self.kafka.bootstrap_servers,
+            "OUTBOX_RELAY_NAME": NAME,
+        }
+
+    def make_topics(self) -> None:
+        """Make the topics; a record's time is when its broker took it."""
+        arguments = ("topics", "--replication-factor", str(BROKERS))
+        succeed(
+            self.around.program(
+                "outbox_relay", *arguments, name=f"{NAME}-topics", env=self.environment
+            ),
+            COMMAND_TIMEOUT_S,
+        )
+        self.kafka.set_topic_config(events.TOPIC, {"message.timestamp.type": "LogAppendTime"})
+
+    def start_relay(self) -> None:
+        """Start one more; it leads when there is none."""
+        name = f"{NAME}-{next(self._numbers)}"
+        self.relays.append(
+            self.around.program("outbox_relay", "run", name=name, env=self.environment)
+        )
+        sign = '"leading"' if len(self.relays) == 1 else '"standing by"'
+        self.relays[-1].wait_ready(says(self.relays[-1].log, sign), RELAY_START_TIMEOUT_S)
+
+    def lose_leader(self, how: signal.Signals) -> None:
+        """Strike the relay that leads."""
+        self.relays.pop(0).send_signal(how)
+
+    def mend(self) -> None:
+        """Start what was struck, and wait until all is as before."""
+        for broker in self.kafka.brokers:
+            broker.launch()
+        self.kafka.wait_ready()
+        wait_until(self._in_sync, IN_SYNC_TIMEOUT_S, "all replicas in sync")
+        leads = says(self.relays[0].log, '"leading"')
+        wait_until(leads, RELAY_START_TIMEOUT_S, "the other relay to lead")
+        if len(self.relays) == 1:
+            self.start_relay()
+
+    def _in_sync(self) -> bool:
+        admin = AdminClient({"bootstrap.servers": self.kafka.bootstrap_servers, "log_level": 0})
+        topics = admin.list_topics(timeout=COMMAND_TIMEOUT_S).topics.values()
+        return all(
+            len(part.isrs) == len(part.replicas)
+            for topic in topics
+            for part in topic.partitions.values()
+        )
+
+    def led_partitions(self) -> dict[int, set[int]]:
+        """Return which partitions of the events' topic each broker leads, by its node id."""
+        admin = AdminClient({"bootstrap.servers": self.kafka.bootstrap_servers, "log_level": 0})
+        topic = admin.list_topics(events.TOPIC, timeout=COMMAND_TIMEOUT_S).topics[events.TOPIC]
+        led: dict[int, set[int]] = {}
+        for number, part in topic.partitions.items():
+            led.setdefault(part.leader, set()).add(number)
+        return led
+
+
+def measure(around: Surroundings, results: Results, rounds: int) -> None:
+    """Strike each of them `rounds` times."""
+    with results.tolerating({"section": FAILOVER, "contender": "all"}), _scene(around) as scene:
+        session_s = broker_setting_s(scene.kafka, SESSION)
+        total = Verdict(0)
+        for what in (NOTHING, BROKER, KILLED, STOPPED):
+            for number in range(1, 2 if what == NOTHING else rounds + 1):
+                labels = {"section": FAILOVER, "contender": what, "round": number}
+                with around.steps.step(f"{what}, round {number}"):
+                    results.attempt(
+                        labels | {"session_s": session_s},
+                        lambda w=what: _round(scene, w, total),  # type: ignore[misc]
+                    )
+        note_order(results, "brokers and relays struck", total)
+
+
+def _round(scene: Scene, what: str, total: Verdict) -> Figure:
+    around = scene.around
+    arrivals = Arrivals(scene.kafka.bootstrap_servers, events.TOPIC, events.PARTITIONS)
+    after_id = events.last_id(around.owner_url)
+    writers = load.start(around, load.SINGLE, clients=latency.CLIENTS, seconds=LOAD_S, rate=RATE)
+    time.sleep(BEFORE_S)
+    struck = _strikes(scene)[what]()
+    per_s = writers.finish()
+    scene.mend()
+    committed = latency.commit_times(around, after_id)
+    verdict = await_all(arrivals, len(committed))
+    stamps: dict[int, list[float]] = {}
+    latest_s = 0.0
+    with Reader(scene.kafka.bootstrap_servers, events.TOPIC, arrivals.begin) as reader:
+        for message in reader.until_end():
+            key, at_s = message.key() or b"", message.timestamp()[1] / MILLISECONDS
+            stamps.setdefault(message.partition() or 0, []).append(at_s)
+            latest_s = max(latest_s, at_s - committed[key])
+            total.add(key, message.value() or b"", at_s)
+    total.expected += len(committed)
+    return {
+        "events": len(committed),
+        "written_per_s": round(per_s),
+        "gap_s": round(longest_gap_s(stamps, struck), 2),
+        "latest_s": round(latest_s, 2),
+        **verdict.summary(),
+    }
+
+
+def _strikes(scene: Scene) -> Mapping[str, Callable[[], set[int]]]:
+    """Return how each is struck; it tells which partitions that concerns."""
+    everywhere = set(range(events.PARTITIONS))
+
+    def kill_broker() -> set[int]:
+        led = scene.led_partitions()
+        leader = max(led, key=lambda node: len(led[node]))
+        next(b for b in scene.kafka.brokers if b.node_id == leader).kill()
+        return led[leader]
+
+    def lose_relay(how: signal.Signals) -> set[int]:
+        scene.lose_leader(how)
+        return everywhere
+
+    return {
+        NOTHING: lambda: everywhere,
+        BROKER: kill_broker,
+        KILLED: lambda: lose_relay(signal.SIGKILL),
+        STOPPED: lambda: lose_relay(signal.SIGTERM),
+    }
+
+
+def longest_gap_s(stamps: Mapping[int, Sequence[float]], partitions: set[int]) -> float:
+    """Return the longest time between two records of one of these partitions."""
+    return max(
+        (
+            later - earlier
+            for number, found in stamps.items()
+            if number in partitions
+            for earlier, later in pairwise(sorted(found))
+        ),
+        default=0.0,
+    )
+
+
+def await_all(arrivals: Arrivals, expected: int) -> Verdict:
+    """Follow what has come, until all of it is there or ARRIVE_TIMEOUT_S are over."""
+    until = time.monotonic() + ARRIVE_TIMEOUT_S
+    while (verdict := arrivals.verify(expected)).lost and time.monotonic() < until:
+        time.sleep(LOOK_EVERY_S)
+    return verdict
+
+
+@contextmanager
+def _scene(around: Surroundings) -> Iterator[Scene]:
+    with ExitStack() as cleanup:
+        kafka = new_kafka(around.stack.run, NAME, BROKERS)
+        cleanup.callback(kafka.close)
+        with around.steps.step("three brokers, two relays"):
+            kafka.start()
+            scene = Scene(around, kafka)
+            cleanup.callback(_end_relays, scene)
+            scene.make_topics()
+            for _ in range(2):
+                scene.start_relay()
+        yield scene
+
+
+def _end_relays(scene: Scene) -> None:
+    for process in scene.relays:
+        process.stop(RELAY_STOP_TIMEOUT_S)
