@@ -44,7 +44,7 @@ from devstack.steps import Steps
 RESULTS = Path(__file__).with_name("results")
 SECTIONS = (
     *("drain", "latency", "idle", "writers", "loader", "growth", "analysts", "reconcile"),
-    *("booking", "onsale", "outage", "faults", "scale"),
+    *("booking", "onsale", "outage", "faults", "promises", "scale"),
 )
 # Whole figures, even where a narrow terminal breaks the lines.
 TABLE_COLUMNS = 150
