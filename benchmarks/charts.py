@@ -2,6 +2,8 @@
 
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
+from itertools import accumulate
+from math import log10
 from pathlib import Path
 
 import pygal
@@ -37,6 +39,7 @@ SOAK_CHARTS = {
     "soak-bytes": ("Bytes of table and indexes per reservation, by minute", " bytes"),
     "soak-latency": ("Latency of a booking, ms, by minute", "_ms"),
 }
+PROMISE_LINES = ("booked", "loaded")
 WIDTH, HEIGHT = 720, 340
 
 
@@ -51,6 +54,10 @@ def draw(results: Results, folder: Path) -> list[Path]:
         "growth": _growth(figures),
         "outage-wrong": _outage(figures, WRONG_TITLE, _wrong_percent),
         "outage-p99": _outage(figures, P99_TITLE, lambda figure: float(figure["p99_ms"])),
+        "promise-buffering": _promise_buffering(figures),
+        "promise-batching": _promise_batching(figures),
+        "promise-workers": _promise_workers(figures),
+        "promise-failover": _promise_failover(figures),
         **_soak([figure for figure in figures if figure["section"] == "soak"]),
     }
     written = []
@@ -173,6 +180,81 @@ def _outage(
 def _wrong_percent(figure: Figure) -> float:
     wrong = int(figure["failed"]) + int(figure["lost_events"])
     return 100.0 * wrong / int(figure["customers"])
+
+
+# ---- the promises of the pattern
+
+
+def _promise_buffering(figures: Sequence[Figure]) -> pygal.Graph | None:
+    """What was booked and loaded up to each second."""
+    found = find(figures, section="promise buffering timeline")
+    if not found:
+        return None
+    seconds = max(len(found[kind]) for kind in PROMISE_LINES)
+    chart = pygal.Line(
+        title="Bookings told to customers, and those in the analysts' tables, by second",
+        style=_style(SOAK_COLORS), width=WIDTH, height=HEIGHT, js=[], show_dots=False,
+        range_min=0, show_minor_x_labels=False, x_labels_major_every=max(1, seconds // 10),
+        legend_at_bottom=True,
+    )  # fmt: skip
+    chart.x_labels = [str(second) for second in range(seconds)]
+    for kind in PROMISE_LINES:
+        counts = found[kind] + [0] * (seconds - len(found[kind]))
+        chart.add(kind, list(accumulate(counts)))
+    return chart
+
+
+def _promise_batching(figures: Sequence[Figure]) -> pygal.Graph | None:
+    """Events a second by batch, each ten times the last on both axes."""
+    measured = [figure for figure in figures if figure["section"] == "promise batching"]
+    sizes = sorted({figure["batch"] for figure in measured if "batch" in figure})
+    if len(sizes) < 2:
+        return None
+    chart = pygal.XY(
+        title="Events a second (logarithmic) by how many are taken at once",
+        style=_style(SOAK_COLORS), width=WIDTH, height=HEIGHT, js=[], logarithmic=True,
+        legend_at_bottom=True,
+    )  # fmt: skip
+    # Only the other axis knows logarithms.
+    chart.x_labels = [{"label": f"{size:,}", "value": log10(size)} for size in sizes]
+    chart.value_formatter = lambda value: f"{value:,.0f}"
+    for who in ("relay", "worker"):
+        found = {size: find(measured, contender=who, batch=size) for size in sizes}
+        chart.add(who, [(log10(size), f["events_per_s"]) for size, f in found.items() if f])
+    return chart
+
+
+def _promise_workers(figures: Sequence[Figure]) -> pygal.Graph | None:
+    """Events a second by workers."""
+    measured = [figure for figure in figures if figure["section"] == "promise workers"]
+    if not measured:
+        return None
+    title = "Events a second by workers on six partitions"
+    chart = _chart(pygal.Bar, ["exactly_once"], title)
+    chart.x_labels = [str(figure["contender"]) for figure in measured]
+    chart.add("all workers together", [figure.get("events_per_s") for figure in measured])
+    chart.value_formatter = lambda value: f"{value:,.0f}"
+    return chart
+
+
+def _promise_failover(figures: Sequence[Figure]) -> pygal.Graph | None:
+    """The worst of all rounds, for each that is struck."""
+    kinds = (("promise worker goes", "longest_s", "worker "), ("promise failover", "latest_s", ""))
+    worst: dict[str, float] = {}
+    for section, field, before in kinds:
+        for figure in figures:
+            if figure["section"] == section and figure.get(field) is not None:
+                name = f"{before}{figure['contender']}"
+                worst[name] = max(worst.get(name, 0.0), figure[field])
+    if not worst:
+        return None
+    title = "The latest event of all rounds, seconds from its commit"
+    chart = _chart(pygal.HorizontalBar, [], title)
+    chart.config.style = _style(SOAK_COLORS)
+    for name, seconds in worst.items():
+        chart.add(name, [seconds])
+    chart.value_formatter = lambda value: f"{value:,.1f}"
+    return chart
 
 
 def _drained(figures: Sequence[Figure]) -> list[Figure]:

@@ -13,6 +13,7 @@ from devstack.state import REPOSITORY
 
 README = REPOSITORY / "README.md"
 DOCUMENT = REPOSITORY / "docs" / "benchmarks.md"
+PROMISES = REPOSITORY / "docs" / "promises.md"
 PUBLISHED = REPOSITORY / "benchmarks" / "results" / "published.json"
 CHARTS = REPOSITORY / "docs" / "charts"
 
@@ -54,19 +55,24 @@ def _publish(run: dict[str, Any]) -> None:
 
 def figures(results: Results) -> str:
     """Return where it was measured, and all tables."""
-    machine, events = results.machine, results.sizes
-    place = (
-        f"{machine['cpus']} CPUs ({machine['cpu']}), {machine['memory_gib']} GiB, Linux "
-        f"{machine['linux']}, {machine['postgres']}, {machine['kafka']}, Python "
-        f"{machine['python']}, librdkafka {machine['librdkafka']}."
-    )
+    events = results.sizes
     rows = events and (
         f"An event has on average {events['payload_bytes']:.0f} bytes of payload, "
         f"{events['key_bytes']:.0f} of key and {events['headers_bytes']:.0f} of headers "
         f"({events['headers']:.1f} of them)."
     )
-    lines = [f"Measured {results.settings['date']} on {place}", rows, report.markdown(results)]
-    return "\n\n".join(line for line in lines if line)
+    measured = f"Measured {results.settings['date']} on {place(results)}"
+    return "\n\n".join(line for line in (measured, rows, report.markdown(results)) if line)
+
+
+def place(results: Results) -> str:
+    """Return on what it was measured."""
+    machine = results.machine
+    return (
+        f"{machine['cpus']} CPUs ({machine['cpu']}), {machine['memory_gib']} GiB, Linux "
+        f"{machine['linux']}, {machine['postgres']}, {machine['kafka']}, Python "
+        f"{machine['python']}, librdkafka {machine['librdkafka']}."
+    )
 
 
 # What each document shows, by the name of the block between two marks.
@@ -76,6 +82,14 @@ BLOCKS: dict[Path, dict[str, Callable[[Results], str]]] = {
         "beside": lambda results: report.beside(results.figures),
     },
     DOCUMENT: {"all": figures},
+    PROMISES: {
+        "place": place,
+        "ways": lambda results: report.old_and_new(results.figures),
+        **{
+            name: lambda results, name=name: report.promise(results.figures, name)  # type: ignore[misc]
+            for name in report.PROMISES
+        },
+    },
 }
 
 

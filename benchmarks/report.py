@@ -2,13 +2,25 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import booking, fault_loaders, faults, growth, loader, onsale, outage, soak
+from benchmarks import (
+    booking,
+    fault_loaders,
+    faults,
+    growth,
+    loader,
+    onsale,
+    outage,
+    promise_group,
+    promises,
+    soak,
+)
 from benchmarks.goals import goals
 from benchmarks.latency import QUANTILES, RATES
 from benchmarks.results import Figure, Results, find, wrong
@@ -27,7 +39,7 @@ class Sheet:
 
 
 def sheets(results: Results) -> list[Sheet]:
-    """Return the tables of a run; empty ones are left out."""
+    """Return the tables of a run but for the promises'; empty ones are left out."""
     figures = results.figures
     found = [_drain(figures), _latency(figures), _idle(figures), _writers(figures)]
     found += [_loader(figures), _visible(figures), _growth(figures), _analysts(figures)]
@@ -39,7 +51,8 @@ def sheets(results: Results) -> list[Sheet]:
 
 def show(results: Results, console: Console) -> None:
     """Print the tables."""
-    for sheet in sheets(results):
+    promised = (make(results.figures) for make in PROMISES.values())
+    for sheet in [*sheets(results), *(sheet for sheet in promised if sheet.rows)]:
         table = Table(title=sheet.title, title_justify="left", box=box.SIMPLE_HEAD)
         for number, heading in enumerate(sheet.headings):
             table.add_column(heading, justify="right" if number else "left", no_wrap=True)
@@ -52,13 +65,20 @@ def show(results: Results, console: Console) -> None:
 
 def markdown(results: Results) -> str:
     """Return the tables as Markdown."""
-    parts = []
-    for sheet in sheets(results):
-        lines = [sheet.headings, ["-", *["-:"] * (len(sheet.headings) - 1)], *sheet.rows]
-        parts.append(
-            f"**{sheet.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        )
-    return "\n\n".join(parts)
+    return "\n\n".join(_markdown(sheet) for sheet in sheets(results))
+
+
+def as_markdown(sheet: Sheet) -> str:
+    """Return a table as Markdown."""
+    lines = [sheet.headings, ["-", *["-:"] * (len(sheet.headings) - 1)], *sheet.rows]
+    return f"**{sheet.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def promise(figures: Sequence[Figure], name: str) -> str:
+    """Return a promise's figures as Markdown, with its chart; nothing where there are none."""
+    sheet = PROMISES[name](figures)
+    chart = f"\n\n![{name}](charts/promise-{name}.svg)" if name in PROMISE_CHARTS else ""
+    return as_markdown(sheet) + chart if sheet.rows else ""
 
 
 def _drain(figures: Sequence[Figure]) -> Sheet:
@@ -489,6 +509,159 @@ def _compared(
         for line, text in zip(lines[2:], texts, strict=True):
             line.append(f"**{text}**" if text == shown and not all_alike else text)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# ---- the promises of the pattern
+
+
+def _tolerance(figures: Sequence[Figure]) -> Sheet:
+    found = find(figures, section="promise tolerance", contender="ours")
+    rows = {
+        "events committed and published meanwhile": _number("events"),
+        f"… which is at {promises.BOOKINGS_PER_S} bookings/s so many hours": _number("hours", 3),
+        "published by the relay, events/s": _number("published_per_s"),
+        "from the start of the platform's database until all was loaded, s": _number(
+            "caught_up_s", 1
+        ),
+        "loaded by one worker, events/s": _number("loaded_per_s"),
+        "lost": _number("lost"),
+        "doubled": _number("doubled"),
+        "out of date": _number("stale"),
+        "of no booking": _number("invented"),
+    }
+    title = "The platform is down for an hour's events, and comes back"
+    told = [(what, text(found)) for what, text in rows.items()] if found else []
+    return Sheet(title, ("what", "found"), told)
+
+
+def _buffering(figures: Sequence[Figure]) -> Sheet:
+    columns = {
+        "bookings/s": _number("per_s"),
+        "p50 ms": _number("p50_ms", 1),
+        "p99 ms": _number("p99_ms", 1),
+        "failed": _number("failed"),
+    }
+    told = find(figures, section="promise buffering timeline")
+    title = "Bookings while the loader goes at its own pace"
+    if told:
+        title += (
+            f": {told['loader_per_s']:,.0f} events/s, the burst {told['times']:,.0f} times that; "
+            f"{told['behind']:,} events behind when its way became short; in the end "
+            f"{told['lost']} lost, {told['doubled']} doubled of {told['events']:,}"
+        )
+    section = "promise buffering"
+    return _sheet(title, "when", figures, section, name=_contender, columns=columns)
+
+
+def _batching(figures: Sequence[Figure]) -> Sheet:
+    measured = [figure for figure in figures if figure["section"] == "promise batching"]
+    rows = []
+    for size in sorted({figure["batch"] for figure in measured if "batch" in figure}):
+        found = [find(measured, contender=who, batch=size) for who in ("relay", "worker")]
+        rows.append([f"{size:,}", *(f"{f['events_per_s']:,}" if f else "-" for f in found)])
+    headings = ("rows at once", "relay, events/s", "worker, events/s")
+    return Sheet("Events a second by how many are taken at once", headings, rows)
+
+
+def _order(figures: Sequence[Figure]) -> Sheet:
+    measured = [figure for figure in figures if figure["section"] == "promise order"]
+    names = ("keys", "records", "lost", "doubled", "reordered")
+    total = {name: sum(figure[name] for figure in measured) for name in names}
+    rows = [
+        [str(figure["contender"]), *(f"{figure[name]:,}" for name in names)]
+        for figure in ([*measured, {"contender": "**all**", **total}] if measured else [])
+    ]
+    title = "Every record of every key, as a `read_committed` consumer sees the topic"
+    return Sheet(title, ("published while", *names), rows)
+
+
+def _workers_shared(figures: Sequence[Figure]) -> Sheet:
+    alone = find(figures, section="promise workers", workers=1)
+    columns = {
+        "with partitions": _number("with_partitions"),
+        "idle": _number("idle"),
+        "most partitions of one": _number("largest_share"),
+        "events/s": _number("events_per_s"),
+        "times one": lambda f: f"{f['events_per_s'] / alone['events_per_s']:.2f}" if alone else "-",
+        "cores busy": _number("cores_busy", 2),
+        "lost": _number("lost"),
+    }
+    title = f"Workers on six partitions, their database {promise_group.TRIP_MS} ms away and back"
+    return _sheet(title, "workers", figures, "promise workers", name=_contender, columns=columns)
+
+
+def _rounds(
+    figures: Sequence[Figure],
+    section: str,
+    title: str,
+    columns: dict[str, str],
+    sums: Sequence[str],
+) -> Sheet:
+    """Return a table of what was done several times: medians and worst ones, and sums."""
+    measured = [f for f in figures if f["section"] == section and not f.get("error")]
+    measured = [figure for figure in measured if "round" in figure]
+    rows = []
+    for name in dict.fromkeys(str(figure["contender"]) for figure in measured):
+        rounds = [figure for figure in measured if figure["contender"] == name]
+        row = [name, str(len(rounds))]
+        for field in columns:
+            values = [figure[field] for figure in rounds if figure.get(field) is not None]
+            row.append(f"{median(values):.2f}, worst {max(values):.2f}" if values else "-")
+        rows.append([*row, *(f"{sum(figure[name] for figure in rounds):,}" for name in sums)])
+    return Sheet(title, ("what", "times", *columns.values(), *sums), rows)
+
+
+def _worker_goes(figures: Sequence[Figure]) -> Sheet:
+    columns = {
+        "longest_s": "longest until visible, its partitions, s",
+        "others_s": "longest, the others' partitions, s",
+    }
+    told = find(figures, section="promise worker goes")
+    title = "One of three workers goes" + (
+        f"; this broker misses a silent member after {told['session_s']:g} s" if told else ""
+    )
+    return _rounds(figures, "promise worker goes", title, columns, ("events", "lost"))
+
+
+def _failover(figures: Sequence[Figure]) -> Sheet:
+    columns = {
+        "gap_s": "longest gap in a partition concerned, s",
+        "latest_s": "latest event, commit to topic, s",
+    }
+    told = find(figures, section="promise failover")
+    title = "Three brokers, two relays" + (
+        f"; a silent broker is missed after {told['session_s']:g} s" if told else ""
+    )
+    sums = ("events", "lost", "doubled", "reordered")
+    return _rounds(figures, "promise failover", title, columns, sums)
+
+
+def _exactly_once(figures: Sequence[Figure]) -> Sheet:
+    columns = {
+        "events": _number("events"),
+        "SIGKILLs": _number("kills"),
+        "written, never committed": _number("aborted"),
+        "repeated in the topic": _number("repeated"),
+        "lost in the tables": _number("lost"),
+        "doubled in the tables": _number("doubled"),
+        "out of date": _number("stale"),
+    }
+    title = "The relay killed again and again amid publishing"
+    section = "promise exactly once"
+    return _sheet(title, "delivery", figures, section, name=_contender, columns=columns)
+
+
+PROMISES: dict[str, Callable[[Sequence[Figure]], Sheet]] = {
+    "tolerance": _tolerance,
+    "buffering": _buffering,
+    "batching": _batching,
+    "order": _order,
+    "workers": _workers_shared,
+    "worker-goes": _worker_goes,
+    "failover": _failover,
+    "exactly-once": _exactly_once,
+}
+PROMISE_CHARTS = {"buffering", "batching", "workers", "failover"}
 
 
 def _goals(figures: Sequence[Figure]) -> Sheet:
