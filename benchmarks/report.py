@@ -65,7 +65,7 @@ def show(results: Results, console: Console) -> None:
 
 def markdown(results: Results) -> str:
     """Return the tables as Markdown."""
-    return "\n\n".join(_markdown(sheet) for sheet in sheets(results))
+    return "\n\n".join(map(as_markdown, sheets(results)))
 
 
 def as_markdown(sheet: Sheet) -> str:
