@@ -107,7 +107,7 @@ SIZES = {
         faults_s=60,
         promises_events=promises.HOUR_EVENTS,
         promises_rounds=3,
-        scale_rows=400_000,
+        scale_rows=300_000,
     ),
     "full": Size(
         (10_000, 100_000, 1_000_000, 10_000_000),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pygal
 from pygal.style import Style
 
-from benchmarks import outage
+from benchmarks import outage, scale
 from benchmarks.latency import RATES
 from benchmarks.results import Figure, Results, find
 
@@ -23,7 +23,9 @@ COLORS = {
     outage.OURS: "#1f6feb",
     outage.INSIDE: "#d9822b",
     outage.AFTER: "#8a8f98",
+    scale.WORKER: "#3f8f68",
 }
+DISTANT = ("at_least_once", "exactly_once", scale.WORKER)
 WAYS = {
     outage.OURS: "outbox (ours)",
     outage.INSIDE: "HTTP call before COMMIT",
@@ -52,6 +54,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
         "cost-per-event": _cost(figures),
         "latency": _latency(figures),
         "growth": _growth(figures),
+        "distance": _distance(figures),
         "outage-wrong": _outage(figures, WRONG_TITLE, _wrong_percent),
         "outage-p99": _outage(figures, P99_TITLE, lambda figure: float(figure["p99_ms"])),
         "promise-buffering": _promise_buffering(figures),
@@ -174,6 +177,21 @@ def _outage(
         found = [find(measured, contender=name, platform=state) for state in outage.STATES]
         chart.add(WAYS[name], [round(value(f), 1) if f else None for f in found])
     chart.value_formatter = lambda number: f"{number:,.0f}"
+    return chart
+
+
+def _distance(figures: Sequence[Figure]) -> pygal.Graph | None:
+    """Events a second by the round trip to Kafka and to Postgres."""
+    measured = [figure for figure in figures if "delay_ms" in figure]
+    names = [name for name in DISTANT if find(measured, contender=name)]
+    if not names:
+        return None
+    chart = _chart(pygal.Bar, names, "Events per second by the round trip to Kafka and Postgres")
+    chart.x_labels = [f"{delay_ms} ms" for delay_ms in scale.DELAYS_MS]
+    for name in names:
+        found = [find(measured, contender=name, delay_ms=delay) for delay in scale.DELAYS_MS]
+        chart.add(_label(name), [f["events_per_s"] if f else None for f in found])
+    chart.value_formatter = lambda value: f"{value:,.0f}"
     return chart
 
 

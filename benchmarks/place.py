@@ -5,14 +5,15 @@ later by half a round trip in each direction. That is so with no delay, too: a r
 is theirs alone. Bandwidth and loss stay those of one machine.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
 
-from benchmarks import events
+from benchmarks import events, loader
+from benchmarks.results import Figure
 from benchmarks.surroundings import RELAY_STOP_TIMEOUT_S, Surroundings
 from devstack.kafka import KafkaCluster
 from devstack.parts import new_postgres
@@ -25,6 +26,7 @@ from tests.proxy import BreakableKafka
 
 # As short as a delay can be that goes through the same threads as the others.
 NO_DELAY_S = 1e-6
+WAL = "SELECT pg_current_wal_insert_lsn() - '0/0'"
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,33 @@ class Place(Surroundings):
     def ask(self, statement: str) -> float:
         """Ask the reservation server for a number."""
         return number(self.admin_url, statement)
+
+
+def load_topic(
+    there: Place,
+    group: str,
+    name: str,
+    offsets: int,
+    *,
+    workers: int = 1,
+    settings: Mapping[str, str] | None = None,
+) -> Figure:
+    """Load a topic up to its end, all of whose offsets are `offsets` in sum."""
+    environment = there.environment(group) | {"DATA_PLATFORM_RESERVATION_TOPIC": name}
+    environment |= settings or {}
+
+    def loaded(connection: psycopg.Connection) -> int:
+        found = connection.execute(loader.LOADED, [name]).fetchone()
+        return int(found[0]) if found else 0
+
+    with ExitStack() as cleanup:
+        running = []
+        for which in range(workers):
+            running.append(
+                there.program("data_platform", "run", name=f"{group}-{which}", env=environment)
+            )
+            cleanup.callback(running[-1].stop)
+        return loader.watch_processes(there, running, loaded, offsets)
 
 
 @contextmanager

@@ -19,7 +19,9 @@ from benchmarks import (
     outage,
     promise_group,
     promises,
+    scale,
     soak,
+    split,
 )
 from benchmarks.goals import goals
 from benchmarks.latency import QUANTILES, RATES
@@ -45,6 +47,7 @@ def sheets(results: Results) -> list[Sheet]:
     found += [_loader(figures), _visible(figures), _growth(figures), _analysts(figures)]
     found += [_migration(figures), _reconcile(figures)]
     found += [_booking(figures), _plan(figures), _onsale(figures), _ways(figures), _kafka(figures)]
+    found += [distances(figures), divided(figures)]
     found += [_soak(figures), _faults(figures), _loader_faults(figures)]
     return [sheet for sheet in [*found, _goals(figures)] if sheet.rows]
 
@@ -511,6 +514,48 @@ def _compared(
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def distances(figures: Sequence[Figure]) -> Sheet:
+    """Relay and worker, by the round trip to their servers."""
+    columns = {
+        "really ms": _number("round_trip_ms", 2),
+        "events/s": _number("events_per_s"),
+        "against 0 ms": _number("ratio", 2),
+        "CPU µs/event": _number("cpu_us_per_event", 2),
+        "round trips per 1,000 events, Kafka": _number("kafka_round_trips", 1),
+        "Postgres": _number("postgres_round_trips", 1),
+        "bytes/event to Kafka": _number("kafka_sent_bytes"),
+        "from Kafka": _number("kafka_got_bytes"),
+        "wrong": lambda figure: wrong(figure) or "-",
+    }
+    return _sheet(
+        "By the round trip to Kafka and to Postgres",
+        "round trip, part",
+        [figure for figure in figures if "delay_ms" in figure],
+        split.SECTION,
+        name=lambda figure: f"{figure['delay_ms']} ms {figure['contender']}",
+        columns=columns,
+    )
+
+
+def divided(figures: Sequence[Figure]) -> Sheet:
+    """One reservation database beside two, each with its relay."""
+    columns = {
+        "events/s": _number("events_per_s"),
+        "against one": _number("ratio", 2),
+        "CPU µs/event": _number("cpu_us_per_event", 2),
+        "loaded": _number("loaded_events"),
+        "wrong": lambda figure: wrong(figure) or "-",
+    }
+    return _sheet(
+        "One outbox, and one split into two, into one topic",
+        "outbox of",
+        [figure for figure in figures if figure.get("contender") in {split.ONE, split.TWO}],
+        split.SECTION,
+        name=lambda figure: f"{figure['contender']}, {figure['rows']:,} rows",
+        columns=columns,
+    )
+
+
 # ---- the promises of the pattern
 
 
@@ -679,6 +724,7 @@ def _goals(figures: Sequence[Figure]) -> Sheet:
             *booking.goals(figures),
             *onsale.goals(figures),
             *outage.goals(figures),
+            *scale.goals(figures),
         ]
     ]
     return Sheet("Must reach", ("what", "wanted", "found", "reached"), rows)
