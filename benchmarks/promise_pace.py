@@ -17,7 +17,7 @@ import psycopg
 from benchmarks import events, topic
 from benchmarks.loader import analytics, empty, watch_processes
 from benchmarks.promise_parts import (
-    await_loaded,
+    LOAD_TIMEOUT_S,
     begin_here,
     loaded,
     long_way,
@@ -31,8 +31,9 @@ from benchmarks.promise_parts import (
 )
 from benchmarks.results import Figure, Results
 from benchmarks.shop import Hall, Shop, make_hall, shop
-from benchmarks.surroundings import Surroundings
+from benchmarks.surroundings import Surroundings, check_alive
 from data_platform.config import Settings as LoaderSettings
+from devstack.processes import Process, wait_until
 from outbox_relay.config import Settings as RelaySettings
 
 BUFFERING, TIMELINE = "promise buffering", "promise buffering timeline"
@@ -64,7 +65,7 @@ def measure(around: Surroundings, results: Results, *, few: bool) -> None:
 
 
 def _buffer(around: Surroundings, results: Results, *, few: bool) -> None:
-    arrivals = begin_here(around)
+    begin_here(around)
     share = 3 if few else 1
     low_s, burst_s = LOW_S // share, BURST_S // share
     hall = make_hall(around.owner_url, 4 * LOW_RATE * LOW_S + 3 * BURST_RATE * BURST_S)
@@ -87,7 +88,7 @@ def _buffer(around: Surroundings, results: Results, *, few: bool) -> None:
         left = _behind(around)
         proxy.open()
         with around.steps.step("the loader's way is short again"):
-            await_loaded(around, arrivals, left, loader)
+            _await_all_loaded(around, loader)
     with psycopg.connect(around.owner_url) as ours, analytics(around) as theirs:
         booked = [row[0] for row in ours.execute(BOOKED_AT)]
         seen = [row[0] for row in theirs.execute(LOADED_AT)]
@@ -120,6 +121,16 @@ def per_second(moments: Sequence[float], began: float) -> list[int]:
 def _load(open_shop: Shop, hall: Hall, rate: float, seconds: float) -> Figure:
     most = round(rate * seconds * 1.5) + 50
     return open_shop.book(hall, at_most=most, rate=rate, seconds=seconds, lines=LINES)
+
+
+def _await_all_loaded(around: Surroundings, loader: Process) -> None:
+    alive = check_alive(loader)
+
+    def all_loaded() -> bool:
+        alive()
+        return _behind(around) == 0
+
+    wait_until(all_loaded, LOAD_TIMEOUT_S, "the last events")
 
 
 def _behind(around: Surroundings) -> int:
