@@ -20,6 +20,7 @@ from benchmarks.split import SECTION
 from devstack.state import REPOSITORY
 
 DOCUMENT = REPOSITORY / "docs" / "scale.md"
+CHART = "![Events per second by the round trip](charts/distance.svg)"
 RATES = (10_000, 100_000, 1_000_000)
 # Assumed, not measured: what a machine has, and how much of it work may take.
 UTILISATION = 0.5
@@ -282,7 +283,7 @@ def blocks(results: Results) -> dict[str, str]:
     return {
         "machine": f"Measured {results.settings['date']} on {machine['cpus']} CPUs "
         f"({machine['cpu']}), {machine['postgres']}, {machine['kafka']}.",
-        "distances": report.as_markdown(report.distances(results.figures)),
+        "distances": f"{report.as_markdown(report.distances(results.figures))}\n\n{CHART}",
         "split": report.as_markdown(report.divided(results.figures)),
         "inputs": report.as_markdown(inputs(found)),
         "capacity": report.as_markdown(capacity(found)),
