@@ -1,4 +1,4 @@
-"""Kafka Connect standalone in one JVM, for the peers that run in it."""
+"""Kafka Connect in one JVM, standalone or distributed, for the peers that run in it."""
 
 import json
 import socket
@@ -28,6 +28,18 @@ WORKER = {
     "plugin.discovery": "hybrid_warn",
     "offset.flush.interval.ms": "5000",
 }
+# Only a distributed worker can publish exactly once. What it knows is in three topics; where only
+# one worker is left, waiting five minutes for another to come back would help nobody.
+DISTRIBUTED = {
+    "group.id": "bench-connect",
+    **{
+        f"{kind}.storage.{name}": value
+        for kind in ("config", "offset", "status")
+        for name, value in (("topic", f"bench-connect-{kind}"), ("replication.factor", "1"))
+    },
+    "scheduled.rebalance.max.delay.ms": "0",
+    "exactly.once.source.support": "enabled",
+}
 
 
 class Connect:
@@ -39,6 +51,7 @@ class Connect:
         pom: its jars,
         folder: and the cache's folder for them.
         settings: of the worker, beside WORKER.
+        distributed: whether it is a distributed worker, alone in its group.
     """
 
     def __init__(
@@ -48,12 +61,15 @@ class Connect:
         pom: Path,
         folder: str,
         settings: Mapping[str, str],
+        *,
+        distributed: bool = False,
     ) -> None:
         self._around = around
         self._title = title
         self._pom = pom
         self._folder = folder
         self._settings = settings
+        self._distributed = distributed
         self._port = free_port()
         self._command: list[str | Path] = []
         # Standalone Connect knows after its end only what stands in a file.
@@ -72,7 +88,8 @@ class Connect:
             self._command = [
                 *(program, f"-Djava.io.tmpdir={run.path}", "-XX:-UsePerfData"),
                 *(*JAVA_OPTIONS, *LOG_OPTIONS, "-cp", f"{jars}/*"),
-                *("org.apache.kafka.connect.cli.ConnectStandalone", settings),
+                f"org.apache.kafka.connect.cli.Connect{self._kind}",
+                settings,
             ]
             self.launch()
             self.process.wait_ready(self._answers, START_TIMEOUT_S)
@@ -81,8 +98,9 @@ class Connect:
     def launch(self) -> None:
         """Start the JVM without waiting: again, with the connectors that it had."""
         run = self._around.stack.run
+        files = [] if self._distributed else self._connectors.values()
         self._process = Process(
-            [*self._command, *self._connectors.values()],
+            [*self._command, *files],
             name="Kafka Connect",
             log=run.path / "connect.log",
             keep_fds=[run.lock_fd],
@@ -96,6 +114,10 @@ class Connect:
         """The JVM."""
         assert self._process  # noqa: S101 - within the block
         return self._process
+
+    @property
+    def _kind(self) -> str:
+        return "Distributed" if self._distributed else "Standalone"
 
     def prepare(self) -> None:
         """Do what has to be done before the JVM starts."""
@@ -167,15 +189,14 @@ class Connect:
             return False
 
     def _worker_settings(self) -> dict[str, str]:
+        offsets = {"offset.storage.file.filename": f"{self._around.stack.run.path}/connect.offsets"}
         return (
             WORKER
+            | (DISTRIBUTED if self._distributed else offsets)
             | dict(self._settings)
             | {
                 "bootstrap.servers": self._around.bootstrap_servers,
                 "listeners": f"http://127.0.0.1:{self._port}",
-                "offset.storage.file.filename": str(
-                    self._around.stack.run.path / "connect.offsets"
-                ),
             }
         )
 

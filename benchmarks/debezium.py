@@ -33,6 +33,8 @@ THROUGHPUT = {
     "producer.override.batch.size": str(256 * 1024),
 }
 LOW_LATENCY = {"poll.interval.ms": "1", "producer.override.linger.ms": "0"}
+# In a distributed worker alone; the records of a poll and their offsets are one transaction.
+EXACTLY_ONCE = {"exactly.once.support": "required", "transaction.boundary": "poll"}
 
 CONNECTOR = {
     "connector.class": "io.debezium.connector.postgresql.PostgresConnector",
@@ -80,8 +82,11 @@ DROP_SLOT = (
 class Connect(connect.Connect):
     """Kafka Connect with the Postgres connector. A context manager."""
 
-    def __init__(self, around: Surroundings) -> None:
-        super().__init__(around, f"Debezium {VERSION}", POM, f"debezium-{VERSION}", WORKER)
+    def __init__(self, around: Surroundings, *, exactly_once: bool = False) -> None:
+        super().__init__(
+            *(around, f"Debezium {VERSION}", POM, f"debezium-{VERSION}", WORKER),
+            distributed=exactly_once,
+        )
         self._password = token_urlsafe(24)
 
     def __exit__(self, *error: object) -> None:

@@ -126,7 +126,7 @@ class Watch:
 
     def run(self, ended: threading.Event) -> None:
         """Look until `ended`."""
-        versions, changed = 0, 0.0
+        versions, changed = 0, time.monotonic()
         while not ended.wait(LOOK_EVERY_S):
             try:
                 with psycopg.connect(self._url, connect_timeout=CONNECT_TIMEOUT_S) as connection:
@@ -136,8 +136,7 @@ class Watch:
             assert found  # noqa: S101 - an aggregate
             now = time.monotonic()
             if found[0] != versions:
-                if versions:
-                    self.standstill_s = max(self.standstill_s, now - changed)
+                self.standstill_s = max(self.standstill_s, now - changed)
                 versions, changed = found[0], now
             if found[1] == len(self._marks):
                 self.complete.set()

@@ -25,7 +25,7 @@ from psycopg import sql
 
 from benchmarks import contenders, events
 from benchmarks.arrivals import Reader
-from benchmarks.debezium import LOW_LATENCY, Connect, topic_of
+from benchmarks.debezium import EXACTLY_ONCE, LOW_LATENCY, Connect, topic_of
 from benchmarks.processes import tree_cpu_s
 from benchmarks.results import WRONG, Figure, Results
 from benchmarks.shop import own_outbox
@@ -45,11 +45,12 @@ READY_TIMEOUT_S = 60.0
 LOOK_S = 1.0
 MEND_EVERY_S = 1.0
 POLL_S = 0.1
-# Nothing more for so long: what is missing then is lost.
-STALLED_S = 60.0
+# Nothing more for so long: what is missing then is lost. A JVM needs its time to start again.
+STALLED_S = 90.0
 QUIET_S = 3.0
 # An event that was under way when a fault struck.
 UNDER_WAY_S = 1.0
+DEBEZIUM_ONCE = "debezium, exactly once"
 PROMISED = {"exactly_once": WRONG, "at_least_once": ("lost", "reordered")}
 
 KEYS_TABLE = """
@@ -251,8 +252,9 @@ class Consumer:
 
     def await_all(self, truth: set[Event]) -> None:
         """Wait until everything is there and nothing more comes, or nothing for STALLED_S."""
+        began = time.monotonic()
         while True:
-            quiet_s = time.monotonic() - max(self.arrived.values(), default=time.monotonic())
+            quiet_s = time.monotonic() - max(began, max(self.arrived.values(), default=began))
             if quiet_s > (QUIET_S if truth <= self.arrived.keys() else STALLED_S):
                 return
             time.sleep(POLL_S)
@@ -307,6 +309,7 @@ def measure(around: Surroundings, results: Results, seconds: int, *, peers: bool
     contenders_["polling"] = lambda: _polling(around)
     if peers:
         contenders_["debezium"] = lambda: _debezium(around)
+        contenders_[DEBEZIUM_ONCE] = lambda: _debezium(around, exactly_once=True)
     for name, runs in contenders_.items():
         labels = {"section": "faults", "contender": name, "promised": PROMISED.get(name, ())}
         with around.steps.step(f"faults: {name}"), own_outbox(around):
@@ -388,12 +391,16 @@ def _polling(around: Surroundings) -> Iterator[Publisher]:
 
 
 @contextmanager
-def _debezium(around: Surroundings) -> Iterator[Publisher]:
+def _debezium(around: Surroundings, *, exactly_once: bool = False) -> Iterator[Publisher]:
     """One process, as a slot has one reader; failed tasks are restarted by Connect's REST."""
-    name = "debezium-faults"
+    name = "debezium-faults-once" if exactly_once else "debezium-faults"
+    settings = LOW_LATENCY | (EXACTLY_ONCE if exactly_once else {})
     topic = topic_of(name)
     around.make_topic(topic)
-    with Connect(around) as connect, connect.connector(name, LOW_LATENCY, topic):
+    with (
+        Connect(around, exactly_once=exactly_once) as connect,
+        connect.connector(name, settings, topic),
+    ):
         part = Part(name, connect.launch, lambda: connect.process)
         yield Publisher(topic, "outbox", [part], connect.restart_failed)
 

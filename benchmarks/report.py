@@ -436,6 +436,7 @@ PUBLISHERS = {
     "exactly_once": "**ours**, exactly once",
     "at_least_once": "**ours**, at least once",
     "debezium": "Debezium",
+    faults.DEBEZIUM_ONCE: "Debezium in distributed Connect, exactly once",
     "polling": "`SKIP LOCKED` relay, two of them",
 }
 PUBLISHING = (
