@@ -214,6 +214,7 @@ def _settings(size: str, *, peers: bool) -> dict[str, object]:
             "connector": debezium.CONNECTOR,
             "throughput": debezium.THROUGHPUT,
             "low_latency": debezium.LOW_LATENCY,
+            "exactly_once": connect.DISTRIBUTED | debezium.EXACTLY_ONCE,
         }
         found["jdbc_sink"] = {"version": jdbc_sink.VERSION, "connector": jdbc_sink.CONNECTOR}
         found["quix_streams"] = {"version": quix.VERSION, "commit_every": quix.COMMIT_ROWS}
