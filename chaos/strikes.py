@@ -6,17 +6,14 @@ as long as they last.
 """
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Literal
 from uuid import UUID
@@ -24,7 +21,8 @@ from uuid import UUID
 import psycopg
 from confluent_kafka import Consumer, Producer
 
-from chaos import disks
+from chaos import clocks, disks
+from chaos.clocks import Clock
 from chaos.gauges import Gauges
 from chaos.places import AGAIN, MARK, POISON, RESERVATION_TOPIC
 from chaos.product import MAX_CONNECTIONS, Product
@@ -40,10 +38,9 @@ AT_ONCE = (0.0, 0.0)
 LATE_COMMIT_S = (0.3, 2.5)
 AGAIN_RECORDS = 50
 SLOW_S, SHORT_CUT_S = 1.0, 0.1
-CLOCKS = ("+3600", "-1800", "+120")
-PROBE_TIMEOUT_S = 5.0
-# Version 0.9.10 lets no thread of Python wait whose clock it has set.
-WAITS = "import threading, time; threading.Event().wait(0.01); print(time.time())"
+# Clients' tokens outlast the first.
+CLOCKS_S = (3_600, -1_800, 120, 0)
+CLOCK_JUMPS_EVERY_S = 1.5
 # What nobody can load: key and value.
 POISONS: tuple[tuple[bytes | None, bytes | None], ...] = (
     (b"poison", b"{"),
@@ -237,54 +234,29 @@ def _relays_upgraded(scene: Scene, chance: random.Random) -> Iterator[str]:
         part.kill(signal.SIGTERM)
 
 
-def _faketime(offset: str) -> dict[str, str]:
-    """The variables that set a program's clock wrong; empty where libfaketime is missing."""
-    found = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
-    # The times of files stay right: gunicorn tells by them whether a worker lives.
-    return {"LD_PRELOAD": str(found), "FAKETIME": offset, "NO_FAKE_STAT": "1"} if found else {}
-
-
-@cache
-def _without_faketime() -> str:
-    fake = _faketime("+3600")
-    if not fake:
-        return "the package libfaketime is missing"
-    try:
-        told = subprocess.run(  # noqa: S603 - our own words
-            [sys.executable, "-c", WAITS],
-            env=os.environ | fake,
-            check=True,
-            capture_output=True,
-            timeout=PROBE_TIMEOUT_S,
-        ).stdout
-    except subprocess.TimeoutExpired:
-        return "this libfaketime lets no thread of Python wait"
-    return "" if float(told) > time.time() + 3_000 else "this libfaketime sets no clock"
-
-
-def _clock_wrong(name: str) -> Strike:
-    """Start it again with a clock that is wrong, and then with the right one.
-
-    libfaketime can't set a clock under way: it fakes the monotonic one, too, or lets nobody sleep.
-    """
+def _clock_jumps(name: str) -> Strike:
+    """Start it again with a clock that jumps, forward and back; behind it with the right one."""
 
     @contextmanager
     def strike(scene: Scene, chance: random.Random) -> Iterator[str]:
-        target, offset = scene.alone(name, chance), chance.choice(CLOCKS)
-        part, fake = scene.product.part(target), _faketime(offset)
-        part.environment |= fake
-        part.kill(signal.SIGTERM)
-        yield f"{target} {offset} s"
-        for variable in fake:
-            del part.environment[variable]
-        part.kill(signal.SIGTERM)
+        target = scene.alone(name, chance)
+        part = scene.product.part(target)
+        with tempfile.TemporaryDirectory(dir=scene.product.run.path) as folder:
+            clock = Clock(Path(folder))
+            part.environment |= clock.environment
+            part.kill(signal.SIGTERM)
+            with repeated(lambda: clock.set(chance.choice(CLOCKS_S)), CLOCK_JUMPS_EVERY_S):
+                yield target
+            for variable in clock.environment:
+                del part.environment[variable]
+            part.kill(signal.SIGTERM)
 
     return strike
 
 
 for program in ("service", "relay", "worker"):
-    kind(f"clock of a {program} wrong", program, (5, 10), lambda _: _without_faketime())(
-        _clock_wrong(program)
+    kind(f"clock of a {program} jumps", program, (6, 12), lambda _: clocks.why_not())(
+        _clock_jumps(program)
     )
 
 
