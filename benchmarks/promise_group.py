@@ -41,7 +41,7 @@ from devstack.processes import Process, wait_until
 WORKERS, GOES = "promise workers", "promise worker goes"
 TRIP_MS = 20
 BATCH_ROWS, COUNTS = 100, (1, 2, 3, 6, 8)
-EVENTS, FEW_EVENTS = 12_000, 4_000
+EVENTS, FEW_EVENTS = 6_000, 3_000
 GROUP_TIMEOUT_S, REST_S = 60.0, 1.5
 # Of the worker that goes.
 MEMBERS, RATE = 3, 200

@@ -40,8 +40,8 @@ BUFFERING, TIMELINE = "promise buffering", "promise buffering timeline"
 BATCHING = "promise batching"
 BEFORE, BURST, BEHIND = "before", "in the burst", "while the loader is behind"
 # Customers a second, and for how long; in a quick run for a third of it.
-LOW_RATE, LOW_S = 12, 24
-BURST_RATE, BURST_S = 600, 6
+LOW_RATE, LOW_S = 8, 30
+BURST_RATE, BURST_S = 450, 6
 SLOW_LOADER = {"DATA_PLATFORM_BATCH_ROWS": "10"}
 SLOW_WAY_S = 0.02
 LINES = 500
