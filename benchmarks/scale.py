@@ -121,8 +121,6 @@ def _there_and_back(
             there.steps.step(f"{labels['contender']}, round trip {delay_ms} ms"),
             results.tolerating(own),
         ):
-            there.delay(0)
-            there.make_topics(_plain(name))
             there.delay(delay_ms)
             runs[delay_ms].append(take(_plain(name)))
     there.delay(0)
@@ -147,6 +145,7 @@ def compared(runs: Mapping[int, Sequence[Figure]]) -> Iterator[Figure]:
 
 def _distant_relay(there: Place, delivery: str, backlog: Backlog, name: str) -> Figure:
     # With a name that is new it begins where the outbox does.
+    there.make_topics(name)
     ways = {"kafka": there.broken.proxies[0], "postgres": there.postgres}
     before = {way: proxy.traffic for way, proxy in ways.items()}
     contender = drain.Contender(name, events.TOPIC, lambda _: there.relay_of(name, delivery))
