@@ -248,9 +248,12 @@ def _promise_workers(figures: Sequence[Figure]) -> pygal.Graph | None:
     if not measured:
         return None
     title = "Events a second by workers on six partitions"
-    chart = _chart(pygal.Bar, ["exactly_once"], title)
-    chart.x_labels = [str(figure["contender"]) for figure in measured]
-    chart.add("all workers together", [figure.get("events_per_s") for figure in measured])
+    chart = _chart(pygal.Bar, ["exactly_once", "polling"], title)
+    counts = sorted({figure["workers"] for figure in measured if "workers" in figure})
+    chart.x_labels = [str(count) for count in counts]
+    for assignor in dict.fromkeys(figure.get("assignor") for figure in measured):
+        found = [find(measured, workers=count, assignor=assignor) for count in counts]
+        chart.add(f"shared out by {assignor}", [f["events_per_s"] if f else None for f in found])
     chart.value_formatter = lambda value: f"{value:,.0f}"
     return chart
 

@@ -38,6 +38,7 @@ NOTHING, BROKER, KILLED, STOPPED = (
 BROKERS, RATE = 3, 200
 NAME = "bench-failover"
 BEFORE_S, LOAD_S = 2, 12
+WARM_UP_ROWS = 5_000
 IN_SYNC_TIMEOUT_S, ARRIVE_TIMEOUT_S, LOOK_EVERY_S = 90.0, 60.0, 0.5
 SESSION = "broker.session.timeout.ms"
 
@@ -117,6 +118,7 @@ def measure(around: Surroundings, results: Results, rounds: int) -> None:
     """Strike each of them `rounds` times."""
     with results.tolerating({"section": FAILOVER, "contender": "all"}), _scene(around) as scene:
         session_s = broker_setting_s(scene.kafka, SESSION)
+        _warm_up(scene)
         total = Verdict(0)
         for what in (NOTHING, BROKER, KILLED, STOPPED):
             for number in range(1, 2 if what == NOTHING else rounds + 1):
@@ -127,6 +129,13 @@ def measure(around: Surroundings, results: Results, rounds: int) -> None:
                         lambda w=what: _round(scene, w, total),  # type: ignore[misc]
                     )
         note_order(results, "brokers and relays struck", total)
+
+
+def _warm_up(scene: Scene) -> None:
+    arrivals = Arrivals(scene.kafka.bootstrap_servers, events.TOPIC, events.PARTITIONS)
+    backlog = events.write_backlog(scene.around.owner_url, WARM_UP_ROWS)
+    if await_all(arrivals, backlog.rows).lost:
+        raise TimeoutError(f"{WARM_UP_ROWS:,} events did not come in {ARRIVE_TIMEOUT_S:g} s")
 
 
 def _round(scene: Scene, what: str, total: Verdict) -> Figure:

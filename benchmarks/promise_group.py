@@ -2,7 +2,8 @@
 
 `promise workers`: a full topic of six partitions and so many workers, all of them members with
 their shares before the first record is there. Their database is TRIP_MS away and back: what they
-share is waiting, so that two cores suffice to see what more workers gain.
+share is waiting, so that two cores suffice to see what more workers gain. How the broker shares
+out decides as well: by its default some workers get only partitions of the catalogue.
 
 `promise worker goes`: events are committed at a steady rate and go through the relay to three
 workers, of which one that has partitions is killed (SIGKILL), or asked to end (SIGTERM). Each event
@@ -40,8 +41,11 @@ from devstack.processes import Process, wait_until
 
 WORKERS, GOES = "promise workers", "promise worker goes"
 TRIP_MS = 20
-BATCH_ROWS, COUNTS = 100, (1, 2, 3, 6, 8)
-EVENTS, FEW_EVENTS = 6_000, 3_000
+BATCH_ROWS = 100
+EVENTS, FEW_EVENTS = 4_000, 3_000
+# How the broker shares out: each topic by itself, or all topics' partitions together, its default.
+RANGE, UNIFORM = "range", "uniform"
+TEAMS = (*((count, RANGE) for count in (1, 2, 3, 6, 8)), (6, UNIFORM))
 GROUP_TIMEOUT_S, REST_S = 60.0, 1.5
 # Of the worker that goes.
 MEMBERS, RATE = 3, 200
@@ -73,14 +77,18 @@ def measure(around: Surroundings, results: Results, rounds: int) -> None:
 
 
 def _scale_out(around: Surroundings, results: Results, *, few: bool) -> None:
-    for count in COUNTS:
+    for count, assignor in TEAMS:
         rows = (FEW_EVENTS if few else EVENTS) * min(count, 3)
-        with around.steps.step(f"{count} workers, six partitions"):
-            labels = {"section": WORKERS, "contender": f"{count}", "workers": count, "rows": rows}
-            results.attempt(labels, lambda c=count, r=rows: _share(around, c, r))  # type: ignore[misc]
+        name = f"{count}, {assignor}"
+        with around.steps.step(f"{name} workers, six partitions"):
+            labels = {"section": WORKERS, "contender": name, "workers": count, "rows": rows}
+            results.attempt(
+                labels | {"assignor": assignor},
+                lambda c=count, a=assignor, r=rows: _share(around, c, a, r),  # type: ignore[misc]
+            )
 
 
-def _share(around: Surroundings, count: int, rows: int) -> Figure:
+def _share(around: Surroundings, count: int, assignor: str, rows: int) -> Figure:
     empty(around)
     name = group = f"bench-workers-{time.time_ns()}"
     make_topics(around, name)
@@ -88,6 +96,7 @@ def _share(around: Surroundings, count: int, rows: int) -> Figure:
         proxy = cleanup.enter_context(long_way(around, TRIP_MS / 2_000))
         settings = {"DATA_PLATFORM_BATCH_ROWS": str(BATCH_ROWS), **named(name)}
         settings |= {"DATA_PLATFORM_GROUP": group} | through(around, proxy)
+        settings |= _properties(around, assignor, f"group.remote.assignor={assignor}")
         running = [
             cleanup.enter_context(worker(around, settings, f"worker-{number}"))
             for number in range(count)
@@ -194,9 +203,14 @@ def longest_s(
 
 def _called(around: Surroundings, name: str, group: str) -> dict[str, str]:
     """Return what gives a worker a name by which the group knows it."""
+    return {"DATA_PLATFORM_GROUP": group} | _properties(around, name, f"client.id={name}")
+
+
+def _properties(around: Surroundings, name: str, line: str) -> dict[str, str]:
+    """Return what gives a worker a property of librdkafka."""
     file = around.stack.run.path / f"promise-{name}.properties"
-    file.write_text(f"client.id={name}\n", encoding="ascii")
-    return {"KAFKA_PROPERTIES_FILE": str(file), "DATA_PLATFORM_GROUP": group}
+    file.write_text(f"{line}\n", encoding="ascii")
+    return {"KAFKA_PROPERTIES_FILE": str(file)}
 
 
 def _largest_share(around: Surroundings, group: str) -> tuple[str, set[int]]:

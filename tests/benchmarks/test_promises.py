@@ -86,9 +86,13 @@ def batching(who: str, batch: int, events_per_s: int) -> dict[str, Any]:
 
 
 def workers(count: int, events_per_s: int) -> dict[str, Any]:
-    labels = {"section": "promise workers", "contender": str(count), "workers": count}
+    labels = {"section": "promise workers", "contender": f"{count}", "workers": count}
     shares = {"with_partitions": min(6, count), "idle": max(0, count - 6), "largest_share": 1}
-    return labels | shares | {"events_per_s": events_per_s, "cores_busy": 0.5, "lost": 0}
+    return (
+        labels
+        | shares
+        | {"assignor": "range", "events_per_s": events_per_s, "cores_busy": 0.5, "lost": 0}
+    )
 
 
 FIGURES: list[dict[str, Any]] = [
