@@ -3,9 +3,9 @@
 Three brokers of their own, every topic on all of them; two relays, of which one leads. Events are
 committed at a steady rate; then the broker that leads most of the topic's partitions is killed
 (SIGKILL), or the leading relay is, or it is asked to end (SIGTERM); beside it a round in which
-nothing happens. `gap_s` is the longest time without a record in any of the partitions (of those the
-broker led, where one is struck), by the brokers' own stamps; `latest_s` the longest from an event's
-commit to its stamp. The whole topic is then followed version by version.
+nothing happens. `gap_s` is the longest time without a record in any of the partitions (transactions
+are in all of them), by the brokers' own stamps; `latest_s` the longest from an event's commit to
+its stamp. The whole topic is then followed version by version.
 """
 
 import signal
@@ -144,7 +144,7 @@ def _round(scene: Scene, what: str, total: Verdict) -> Figure:
     after_id = events.last_id(around.owner_url)
     writers = load.start(around, load.SINGLE, clients=latency.CLIENTS, seconds=LOAD_S, rate=RATE)
     time.sleep(BEFORE_S)
-    struck = _strikes(scene)[what]()
+    _strikes(scene)[what]()
     per_s = writers.finish()
     scene.mend()
     committed = latency.commit_times(around, after_id)
@@ -161,41 +161,34 @@ def _round(scene: Scene, what: str, total: Verdict) -> Figure:
     return {
         "events": len(committed),
         "written_per_s": round(per_s),
-        "gap_s": round(longest_gap_s(stamps, struck), 2),
+        "gap_s": round(longest_gap_s(stamps), 2),
         "latest_s": round(latest_s, 2),
         **verdict.summary(),
     }
 
 
-def _strikes(scene: Scene) -> Mapping[str, Callable[[], set[int]]]:
-    """Return how each is struck; it tells which partitions that concerns."""
-    everywhere = set(range(events.PARTITIONS))
+def _strikes(scene: Scene) -> Mapping[str, Callable[[], object]]:
+    """Return how each is struck."""
 
-    def kill_broker() -> set[int]:
+    def kill_broker() -> None:
         led = scene.led_partitions()
         leader = max(led, key=lambda node: len(led[node]))
         next(b for b in scene.kafka.brokers if b.node_id == leader).kill()
-        return led[leader]
-
-    def lose_relay(how: signal.Signals) -> set[int]:
-        scene.lose_leader(how)
-        return everywhere
 
     return {
-        NOTHING: lambda: everywhere,
+        NOTHING: lambda: None,
         BROKER: kill_broker,
-        KILLED: lambda: lose_relay(signal.SIGKILL),
-        STOPPED: lambda: lose_relay(signal.SIGTERM),
+        KILLED: lambda: scene.lose_leader(signal.SIGKILL),
+        STOPPED: lambda: scene.lose_leader(signal.SIGTERM),
     }
 
 
-def longest_gap_s(stamps: Mapping[int, Sequence[float]], partitions: set[int]) -> float:
-    """Return the longest time between two records of one of these partitions."""
+def longest_gap_s(stamps: Mapping[int, Sequence[float]]) -> float:
+    """Return the longest time between two records of the same partition."""
     return max(
         (
             later - earlier
-            for number, found in stamps.items()
-            if number in partitions
+            for found in stamps.values()
             for earlier, later in pairwise(sorted(found))
         ),
         default=0.0,

@@ -671,7 +671,7 @@ def _worker_goes(figures: Sequence[Figure]) -> Sheet:
 
 def _failover(figures: Sequence[Figure]) -> Sheet:
     columns = {
-        "gap_s": "longest gap in a partition concerned, s",
+        "gap_s": "longest gap in a partition, s",
         "latest_s": "latest event, commit to topic, s",
     }
     told = find(figures, section="promise failover")
