@@ -3,7 +3,7 @@
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from math import log10
+from math import ceil, floor, log10
 from pathlib import Path
 
 import pygal
@@ -224,21 +224,23 @@ def _promise_buffering(figures: Sequence[Figure]) -> pygal.Graph | None:
 
 def _promise_batching(figures: Sequence[Figure]) -> pygal.Graph | None:
     """Events a second by batch, each ten times the last on both axes."""
-    measured = [figure for figure in figures if figure["section"] == "promise batching"]
-    sizes = sorted({figure["batch"] for figure in measured if "batch" in figure})
+    measured = [f for f in figures if f["section"] == "promise batching" and "batch" in f]
+    sizes = sorted({figure["batch"] for figure in measured})
     if len(sizes) < 2:
         return None
     chart = pygal.XY(
-        title="Events a second (logarithmic) by how many are taken at once",
+        title="Events a second by how many are taken at once, both logarithmic",
         style=_style(SOAK_COLORS), width=WIDTH, height=HEIGHT, js=[], logarithmic=True,
         legend_at_bottom=True,
     )  # fmt: skip
-    # Only the other axis knows logarithms.
-    chart.x_labels = [{"label": f"{size:,}", "value": log10(size)} for size in sizes]
+    chart.x_labels = [{"label": f"{size:,}", "value": size} for size in sizes]
+    rates = [figure["events_per_s"] for figure in measured]
+    powers = range(floor(log10(min(rates))), ceil(log10(max(rates))) + 1)
+    chart.y_labels = [10**power for power in powers]
     chart.value_formatter = lambda value: f"{value:,.0f}"
     for who in ("relay", "worker"):
         found = {size: find(measured, contender=who, batch=size) for size in sizes}
-        chart.add(who, [(log10(size), f["events_per_s"]) for size, f in found.items() if f])
+        chart.add(who, [(size, f["events_per_s"]) for size, f in found.items() if f])
     return chart
 
 

@@ -76,6 +76,7 @@ def _buffer(around: Surroundings, results: Results, *, few: bool) -> None:
         cleanup.enter_context(relay(around))
         loader = cleanup.enter_context(worker(around, settings))
         _load(open_shop, hall, LOW_RATE, 3)  # warms up
+        _await_all_loaded(around, loader)
         began = time.time()
         with around.steps.step("a few bookings, the loader keeps up"):
             found = {BEFORE: _load(open_shop, hall, LOW_RATE, low_s)}
