@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 
+from confluent_kafka import KafkaException
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without a word
     AdminClient,
     ConfigResource,
@@ -127,7 +128,10 @@ def await_shares(around: Surroundings, group: str, name: str, members: int) -> l
     admin = AdminClient({"bootstrap.servers": around.bootstrap_servers, "log_level": 0})
 
     def shares() -> list[int]:
-        owned = members_of(admin, group, name)
+        try:
+            owned = members_of(admin, group, name)
+        except KafkaException:  # the group's coordinator is just being found
+            return []
         whole = len(owned) == members and sum(map(len, owned.values())) == events.PARTITIONS
         return [len(partitions) for partitions in owned.values()] if whole else []
 
