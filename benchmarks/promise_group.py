@@ -3,7 +3,7 @@
 `promise workers`: a full topic of six partitions and so many workers, all of them members with
 their shares before the first record is there. Their database is TRIP_MS away and back: what they
 share is waiting, so that two cores suffice to see what more workers gain. How the broker shares
-out decides as well: by its default some workers get only partitions of the catalogue.
+out decides as well: by its own default some workers get only partitions of the catalogue.
 
 `promise worker goes`: events are committed at a steady rate and go through the relay to three
 workers, of which one that has partitions is killed (SIGKILL), or asked to end (SIGTERM). Each event
@@ -44,7 +44,7 @@ WORKERS, GOES = "promise workers", "promise worker goes"
 TRIP_MS = 20
 BATCH_ROWS = 100
 EVENTS, FEW_EVENTS = 4_000, 3_000
-# How the broker shares out: each topic by itself, or all topics' partitions together, its default.
+# How the broker shares out: each topic by itself, as ours ask it, or all topics together.
 RANGE, UNIFORM = "range", "uniform"
 TEAMS = (*((count, RANGE) for count in (1, 2, 3, 6, 8)), (6, UNIFORM))
 GROUP_TIMEOUT_S, REST_S = 60.0, 1.5

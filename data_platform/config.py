@@ -38,6 +38,9 @@ CLASSIC_GROUP: Mapping[str, str] = {
 # KIP-848: the broker assigns, and nobody waits for the slowest member. How soon it misses a killed
 # worker is its own `group.consumer.session.timeout.ms`.
 NEW_GROUP: Mapping[str, str] = {"group.protocol": "consumer"}
+# Each topic by itself: a broker's own choice shares out both topics' partitions together, and with
+# a worker for each of the events' partitions some would have none of them, others two.
+NEW_GROUP_DEFAULTS: Mapping[str, str] = {"group.remote.assignor": "range"}
 # Whoever sets one of these wants the classic protocol, which alone knows them.
 CLASSIC_PROPERTIES: Mapping[str, str] = {
     # A killed worker's partitions move after this time.
@@ -163,7 +166,9 @@ class Settings(TopicSettings):
 
     def consumer_properties(self) -> dict[str, str]:
         """Return librdkafka's properties for a consumer by the classic group protocol."""
-        return {**CLASSIC_PROPERTIES, **self._reading_properties(), **CLASSIC_GROUP}
+        properties = self._reading_properties()
+        properties.pop("group.remote.assignor", None)  # which it doesn't know
+        return {**CLASSIC_PROPERTIES, **properties, **CLASSIC_GROUP}
 
     def new_group_properties(self) -> dict[str, str] | None:
         """Return those for KIP-848; None where the user's are for the classic protocol."""
@@ -171,7 +176,7 @@ class Settings(TopicSettings):
         if properties.get("group.protocol") == "classic" or CLASSIC_PROPERTIES.keys() & properties:
             return None
         properties.pop("partition.assignment.strategy", None)
-        return {**properties, **NEW_GROUP}
+        return {**NEW_GROUP_DEFAULTS, **properties, **NEW_GROUP}
 
     def _reading_properties(self) -> dict[str, str]:
         return {

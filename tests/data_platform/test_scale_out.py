@@ -11,8 +11,9 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewPartitions
 
 from data_platform import config
+from devstack.kafka import KafkaCluster
 from devstack.processes import Process
-from tests.conftest import MakeKafkaCluster
+from tests.conftest import MakeKafkaCluster, UniqueTopic
 from tests.data_platform.conftest import MakePlatform, Platform
 from tests.data_platform.histories import event, expected_facts, expected_states, history
 from tests.data_platform.test_commands import settings
@@ -77,6 +78,28 @@ def test_workers_join_and_leave_by_the_brokers_own_protocol(
     pause_s = longest_pause_s(platform, began, ended)
     record_property("pause_s", pause_s)
     assert pause_s < PAUSE_LIMIT_S
+
+
+def test_each_of_as_many_workers_as_partitions_has_one_of_the_events(
+    make_platform: MakePlatform,
+    kafka: KafkaCluster,
+    analytics_database: AnalyticsDatabase,
+    unique_topic: UniqueTopic,
+) -> None:
+    topic, catalogue = unique_topic(3), unique_topic(3)
+    platform = without_classic_settings(make_platform(analytics_database, kafka, topic))
+    workers = [platform.worker(DATA_PLATFORM_CATALOGUE_TOPIC=catalogue) for _ in range(3)]
+    wait_until(lambda: any(map(placed, workers)), 30, "a group")
+    admin = AdminClient({"bootstrap.servers": platform.bootstrap_servers})
+
+    def shares() -> list[int]:
+        group = admin.describe_consumer_groups([platform.group])[platform.group].result(10)
+        return [
+            sum(one.topic == topic for one in member.assignment.topic_partitions)
+            for member in group.members
+        ]
+
+    wait_until(lambda: shares() == [1, 1, 1], 30, "a partition of the events for each")
 
 
 # One that knows the protocol and refuses it; and one that never heard of it, and says nothing.
