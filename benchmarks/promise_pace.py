@@ -40,10 +40,10 @@ BUFFERING, TIMELINE = "promise buffering", "promise buffering timeline"
 BATCHING = "promise batching"
 BEFORE, BURST, BEHIND = "before", "in the burst", "while the loader is behind"
 # Customers a second, and for how long; in a quick run for a third of it.
-LOW_RATE, LOW_S = 8, 30
-BURST_RATE, BURST_S = 450, 6
+LOW_RATE, LOW_S = 5, 40
+BURST_RATE, BURST_S = 200, 8
 SLOW_LOADER = {"DATA_PLATFORM_BATCH_ROWS": "10"}
-SLOW_WAY_S = 0.02
+SLOW_WAY_S = 0.04
 LINES = 500
 # By rows at once: so many are published, and loaded; a default takes as many as the largest.
 RELAY_ROWS = {1: 1_000, 10: 10_000, 100: 50_000, 1_000: 200_000}
