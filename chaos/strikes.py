@@ -36,6 +36,7 @@ AWAY_S = 0.2
 # Mended by the supervisor alone.
 AT_ONCE = (0.0, 0.0)
 LATE_COMMIT_S = (0.3, 2.5)
+SILENT_S = 0.3
 AGAIN_RECORDS = 50
 SLOW_S, SHORT_CUT_S = 1.0, 0.1
 # Clients' tokens outlast the first.
@@ -432,11 +433,21 @@ def _killed_amid_rollbacks(scene: Scene, chance: random.Random) -> Iterator[str]
     """A crash hands the ids out again that it forgot: a cursor that knows them hides new rows."""
     owner = scene.product.environment[OWNERS["reservations"]]
 
+    def burn(burner: psycopg.Connection, seconds: float) -> None:
+        until_s = time.monotonic() + seconds
+        while time.monotonic() < until_s:
+            burner.execute(BURN_IDS)
+
     def burn_and_crash() -> None:
-        with psycopg.connect(owner, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S) as burner:
-            until_s = time.monotonic() + chance.uniform(0.5, 1.0)
-            while time.monotonic() < until_s:
-                burner.execute(BURN_IDS)
+        with (
+            psycopg.connect(owner, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S) as burner,
+            ExitStack() as silent,
+        ):
+            burn(burner, chance.uniform(0.5, 1.0))
+            # Each commit of a booking writes down which ids have been handed out.
+            for writer in (*scene.product.size.names("service"), "sweeper"):
+                silent.enter_context(scene.product.ways.broken(writer, "reservations", "frozen"))
+            burn(burner, SILENT_S)
             scene.product.part("reservations").kill()
 
     # In between the ids that it hands out again are those of bookings.
