@@ -29,6 +29,7 @@ from chaos.product import MAX_CONNECTIONS, Product
 from chaos.schedule import Nature
 from chaos.wiring import How, name_of
 from devstack.postgres import PostgresServer
+from devstack.processes import wait_until
 
 CONNECT_TIMEOUT_S = 2
 JOIN_TIMEOUT_S = 60.0
@@ -38,6 +39,7 @@ AT_ONCE = (0.0, 0.0)
 LATE_COMMIT_S = (0.3, 2.5)
 SILENT_S = 0.3
 AGAIN_RECORDS = 50
+RECENT_TIMEOUT_S = 10.0
 SLOW_S, SHORT_CUT_S = 1.0, 0.1
 # Clients' tokens outlast the first.
 CLOCKS_S = (3_600, -1_800, 120, 0)
@@ -574,6 +576,8 @@ def _again(scene: Scene, chance: random.Random) -> Iterator[str]:
             scene.producer.produce(record.topic, record.value, record.key, headers=headers)
         scene.producer.poll(0)
 
+    # Struck right behind a relay or a server that came back, it would have nothing to repeat.
+    wait_until(lambda: scene.gauges.recent, RECENT_TIMEOUT_S, "a record to deliver again")
     with repeated(repeat, 0.3):
         yield RESERVATION_TOPIC
 
