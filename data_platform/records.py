@@ -1,8 +1,8 @@
 """A topic's records between two offsets: read once, in each partition's order, in bounded memory.
 
-Guarantees: what is yielded are all committed records of the given spans and nothing else; where
-Kafka no longer has them, or stops answering, an error says so. No group is joined, no offset
-committed: workers don't notice.
+Guarantees: what is yielded are all records of the given spans that a reader of the consumer's
+isolation level sees, and nothing else; where Kafka no longer has them, or stops answering, an error
+says so. No group is joined, no offset committed: workers don't notice.
 """
 
 import time
@@ -28,7 +28,8 @@ def read(consumer: Mapping[str, Any], spans: Mapping[Partition, Span]) -> Iterat
 
     Args:
         consumer: librdkafka properties of a worker's consumer.
-        spans: the offsets to read of each partition; `end` lies within what is committed.
+        spans: the offsets to read of each partition; `end` lies within what such a
+            reader sees.
 
     Raises:
         KafkaTroubleError: records are gone, or nothing came for SILENCE_LIMIT_S.

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
-from confluent_kafka import Message
+from confluent_kafka import IsolationLevel, Message
 
 from data_platform import records, star
 from data_platform import sql as loading
@@ -85,12 +85,16 @@ class TopicFacts:
         return found
 
     def _behind(self, topic: str) -> Iterator[list[Slice]]:
-        """Read what lies behind what is loaded."""
+        """Read what lies behind what is loaded, committed or not.
+
+        A relay's commit is answered before the partitions know of it: for that moment an event is
+        published, and no reader of what is committed sees it.
+        """
         # The offsets first: what is loaded since is found in the tables, which are asked later.
         loaded = self._loaded(topic)
-        ends = self._topics.look(topic).spans
+        ends = self._topics.look(topic, IsolationLevel.READ_UNCOMMITTED).spans
         rest = {place: Span(span.end, ends[place.partition].end) for place, span in loaded.items()}
-        yield from records.read(self._consumer, rest)
+        yield from records.read({**self._consumer, "isolation.level": "read_uncommitted"}, rest)
 
     # ---- records and facts
 

@@ -102,12 +102,12 @@ class Topics:
         """
         return topic_id_in(self.describe(topic), topic)
 
-    def look(self, topic: str) -> Topic:
-        """Return the topic as it is now; raises as `topic_id`."""
+    def look(self, topic: str, isolation: IsolationLevel = IsolationLevel.READ_COMMITTED) -> Topic:
+        """Return the topic as such a reader finds it now; raises as `topic_id`."""
         description = _answer(self.describe(topic), topic)
         numbers = [partition.id for partition in description.partitions]
-        first = self._list_offsets(topic, numbers, EARLIEST)
-        end = self._list_offsets(topic, numbers, LATEST)
+        first = self._list_offsets(topic, numbers, EARLIEST, isolation)
+        end = self._list_offsets(topic, numbers, LATEST, isolation)
         return Topic(
             str(description.topic_id),
             {
@@ -117,11 +117,11 @@ class Topics:
         )
 
     def _list_offsets(
-        self, topic: str, numbers: list[int], which: OffsetSpec
+        self, topic: str, numbers: list[int], which: OffsetSpec, isolation: IsolationLevel
     ) -> "dict[int, Future[Any]]":
         asked = self._admin.list_offsets(
             {TopicPartition(topic, number): which for number in numbers},
-            isolation_level=IsolationLevel.READ_COMMITTED,
+            isolation_level=isolation,
             request_timeout=REQUEST_TIMEOUT_S,
         )
         return {place.partition: future for place, future in asked.items()}

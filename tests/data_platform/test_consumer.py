@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from confluent_kafka import IsolationLevel
 
 from data_platform import consumer
 from data_platform.consumer import Source
@@ -38,8 +39,8 @@ class LateTopics(Topics):
 
     late = 0
 
-    def look(self, topic: str) -> Topic:
-        found = super().look(topic)
+    def look(self, topic: str, isolation: IsolationLevel = IsolationLevel.READ_COMMITTED) -> Topic:
+        found = super().look(topic, isolation)
         spans = {n: Span(span.first, span.end - self.late) for n, span in found.spans.items()}
         return replace(found, spans=spans)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from confluent_kafka import Producer
 from psycopg.types.json import Jsonb
 
 from data_platform import __main__ as command
@@ -344,6 +345,31 @@ def compared(whole: Whole, monkeypatch: pytest.MonkeyPatch) -> Report:
         settings.consumer_properties(),
         command._decoders(settings),
     )
+
+
+def test_what_is_committed_but_not_yet_marked_so_in_the_topic_is_on_its_way(whole: Whole) -> None:
+    """Kafka answers a commit before the partitions know of it: an open transaction looks alike."""
+    topic, events = whole.platform.topic, history(20, seed=95)
+    whole.reserve(events)
+    producer = Producer(
+        {
+            "bootstrap.servers": whole.platform.bootstrap_servers,
+            "partitioner": "murmur2_random",
+            "transactional.id": f"relay-of-{topic}",
+        }
+    )
+    producer.init_transactions(30)
+    producer.begin_transaction()
+    for one in events:
+        producer.produce(topic, one.value, one.key)
+    producer.flush(30)
+    whole.execute(PUBLISH)
+    found = whole.reconcile()
+    assert found["differences"] == []
+    assert found["in_flight"] > 0
+    producer.commit_transaction(30)
+    whole.load(len(events))
+    assert whole.reconcile()["in_flight"] == 0
 
 
 def test_of_more_disorder_than_can_be_examined_the_first_are_named_and_the_rest_counted(
