@@ -63,6 +63,7 @@ class Relays:
 
     def __init__(self, outbox: ExactlyOnceOutbox, logs: Path) -> None:
         self._environment = os.environ | outbox.environment()
+        self._owner_url = outbox.database.owner_url
         self._logs = logs
         self._cleanup = ExitStack()
         self._processes = [self._start(number) for number in range(1, RELAYS + 1)]
@@ -79,6 +80,17 @@ class Relays:
         self._processes[number].kill()
         self._processes[number] = self._start(number + 1)
         return 0.0, lambda: None
+
+    def kill_leader(self, _chance: random.Random) -> tuple[float, Callable[[], None]] | None:
+        """SIGKILL the one that leads, when one does: its successor begins a term."""
+        with psycopg.connect(self._owner_url) as connection:
+            pid = leader_pid(connection)
+        for number, process in enumerate(self._processes):
+            if process.pid == pid:
+                process.kill()
+                self._processes[number] = self._start(number + 1)
+                return 0.0, lambda: None
+        return None
 
     def freeze_one(self, chance: random.Random) -> tuple[float, Callable[[], None]]:
         """SIGSTOP for a while."""
@@ -166,7 +178,8 @@ def run(
     brokers = Brokers(cluster)
     with Relays(outbox, logs) as relays:
         kinds = [
-            Fault("relay killed", 4, relays.kill_one),
+            Fault("leading relay killed", 4, relays.kill_leader),
+            Fault("relay killed", 2, relays.kill_one),
             Fault("relay frozen", 4, relays.freeze_one),
         ]
         if len(cluster.brokers) > 1:
@@ -194,6 +207,14 @@ def run(
         drained_after_s=round(drained_after_s, 1),
         verdict=judge(outbox.database.owner_url, published),
     )
+
+
+def leader_pid(connection: psycopg.Connection[Any]) -> int | None:
+    """The process that was the last to begin to lead; it may have ended since."""
+    found = connection.execute(
+        "SELECT leader FROM outbox_relay_cursor ORDER BY leader_epoch DESC LIMIT 1"
+    ).fetchone()
+    return int(str(found[0]).rpartition(":")[2]) if found else None
 
 
 def _terms(outbox: ExactlyOnceOutbox) -> int:

@@ -26,6 +26,7 @@ from chaos.clocks import Clock
 from chaos.gauges import Gauges
 from chaos.places import AGAIN, MARK, POISON, RESERVATION_TOPIC
 from chaos.product import MAX_CONNECTIONS, Product
+from chaos.relay import leader_pid
 from chaos.schedule import Nature
 from chaos.wiring import How, name_of
 from devstack.postgres import PostgresServer
@@ -75,7 +76,6 @@ OWNERS: Mapping[Database, str] = {
     "reservations": "RESERVATION_OWNER_DATABASE_URL",
     "analytics": "ANALYTICS_OWNER_DATABASE_URL",
 }
-LEADER = "SELECT leader FROM outbox_relay_cursor ORDER BY leader_epoch DESC LIMIT 1"
 LEADS_FOR_S, LEADS_AT_MOST_S = 1.0, 8.0
 Strike = Callable[[Scene, random.Random], AbstractContextManager[str]]
 
@@ -199,10 +199,9 @@ def _leader_killed_often(scene: Scene, chance: random.Random) -> Iterator[str]:
 
     def kill() -> None:
         with scene.product.connected(OWNERS["reservations"]) as connection:
-            found = connection.execute(LEADER).fetchone()
-        leader = str(found[0]) if found else ""
+            leader = leader_pid(connection)
         for part in parts:
-            if part.alive and leader.endswith(f":{part.pid}"):
+            if part.alive and part.pid == leader:
                 until_s, before = time.monotonic() + LEADS_AT_MOST_S, published[-1]
                 while published[-1] == before and time.monotonic() < until_s:
                     wait.wait(0.05)

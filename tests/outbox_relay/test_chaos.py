@@ -25,4 +25,5 @@ def test_two_relays_under_random_kills_and_freezes_lose_double_and_reorder_nothi
     assert outcome.good, outcome
     assert outcome.verdict.committed >= EVENTS
     assert sum(outcome.strikes.values()) >= 6
-    assert outcome.terms >= 3
+    # Whoever was killed in the lead has been followed by another.
+    assert outcome.terms > outcome.strikes["leading relay killed"] >= 2
