@@ -44,9 +44,10 @@ up: $(INSTALLED) ## the same stack, kept up with the booking page on 127.0.0.1:8
 stack: $(INSTALLED) ## databases, Kafka, migrations and topics in the foreground (BROKERS=1 or 3)
 	@DEVSTACK_PARENT=$$PPID exec $(RUN) devstack stack --brokers $(BROKERS)
 
-# Each worker has servers of its own. A file's tests stay together, so that they share them.
+# Each worker has servers of its own; tests wait much, so three do for two cores. A file's tests stay
+# together, so that they share them.
 test: $(INSTALLED) ## all tests, on a real Postgres and a real Kafka
-	@exec $(RUN) pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	@exec $(RUN) pytest --numprocesses 3 --dist loadfile
 
 compose-test: $(INSTALLED) ## docker-compose.yml up, booked and killed under load; needs a Docker engine
 	@exec $(RUN) tests.compose
