@@ -47,7 +47,7 @@ SLOW_WAY_S = 0.04
 LINES = 500
 # By rows at once: so many are published, and loaded; a default takes as many as the largest.
 RELAY_ROWS = {1: 1_000, 10: 10_000, 100: 50_000, 1_000: 200_000}
-WORKER_ROWS = {1: 500, 10: 5_000, 100: 30_000, 1_000: 100_000}
+WORKER_ROWS = {1: 500, 10: 5_000, 100: 30_000, 1_000: 100_000, 5_000: 200_000}
 
 BOOKED_AT = "SELECT extract(epoch FROM created_at)::float8 FROM reservations"
 LOADED_AT = "SELECT extract(epoch FROM loaded_at)::float8 FROM analytics.fct_reservation_events"

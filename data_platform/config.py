@@ -140,7 +140,7 @@ class Settings(TopicSettings):
     )
     data_platform_batch_rows: Annotated[
         int, Field(ge=1, le=100_000, description="1 to 100000 records")
-    ] = 5_000
+    ] = 20_000
     data_platform_batch_bytes: Annotated[
         int, Field(ge=1, le=2**28, description="1 to 268435456 bytes")
     ] = 2**24
