@@ -31,7 +31,7 @@ from outbox_relay.topics import TopicSpec
 PART_TIMEOUT_S = 7.0
 KAFKA_REQUEST_TIMEOUT_S = 3.0
 # The newest migration this version was written with; a test compares.
-NEWEST_REVISION = "reservations_0005"
+NEWEST_REVISION = "reservations_0006"
 # A booking takes milliseconds.
 HOLDS_BACK_ERROR_S = 60.0
 UNPUBLISHED_WARN_S = 30.0
