@@ -19,8 +19,13 @@ from data_platform.errors import KafkaTroubleError
 
 REQUEST_TIMEOUT_S = 5.0
 # A client without topics of its own goes on asking the controller it knew, until that broker is
-# back: partitions that were placed anew while a broker was down waited for it.
-METADATA_REFRESH: Mapping[str, str] = {"topic.metadata.refresh.interval.ms": "2000"}
+# back: partitions that were placed anew while a broker was down waited for it. And while that one
+# refuses connections, librdkafka (2.16) connects again and again without a pause, which costs both
+# cores; a client that is connected to all brokers keeps to its backoff.
+ADMIN_PROPERTIES: Mapping[str, str] = {
+    "enable.sparse.connections": "false",
+    "topic.metadata.refresh.interval.ms": "2000",
+}
 EARLIEST = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
 LATEST = OffsetSpec.latest()  # type: ignore[no-untyped-call]
 
@@ -79,7 +84,7 @@ class Topics:
 
     def __init__(self, client: Mapping[str, Any]) -> None:
         # Referenced as long as we live: a collected AdminClient drops its futures.
-        self._admin = AdminClient({**METADATA_REFRESH, **client})
+        self._admin = AdminClient({**ADMIN_PROPERTIES, **client})
 
     def describe(self, topic: str) -> "Future[Any]":
         """Begin to ask what the topic is; `topic_id_in` takes the answer."""

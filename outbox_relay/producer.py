@@ -41,6 +41,15 @@ DEFAULT_PRODUCER_PROPERTIES: Mapping[str, str | int | bool] = {
     "queue.buffering.max.kbytes": QUEUE_MAX_KBYTES,
 }
 
+# While the controller that librdkafka (2.16) knows refuses connections, a question that goes to it
+# connects again and again without a pause: a killed broker cost both cores for as long as it was
+# away, and its successor was found late. Connected to all, it keeps to its backoff. Without topics
+# of its own a client learns of another controller only by asking.
+ADMIN_PROPERTIES: Mapping[str, str | int | bool] = {
+    "enable.sparse.connections": False,
+    "topic.metadata.refresh.interval.ms": 2_000,
+}
+
 # The broker says these of a record, whatever state it is in itself. Everything else is an outage.
 REFUSALS = frozenset(
     {
@@ -137,7 +146,9 @@ def make_producer(
 
 def make_admin(kafka_properties: Mapping[str, str]) -> AdminClient:
     """Return a new admin client; keep it as long as its futures."""
-    return AdminClient({**kafka_properties, "client.id": "outbox-relay", **QUIET})
+    return AdminClient(
+        {**ADMIN_PROPERTIES, **kafka_properties, "client.id": "outbox-relay", **QUIET}
+    )
 
 
 def check(kafka_properties: Mapping[str, str]) -> None:
