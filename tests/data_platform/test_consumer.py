@@ -1,21 +1,21 @@
 """How the source joins its group, and how sure it is before it stops a partition."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from confluent_kafka import IsolationLevel
+from confluent_kafka import IsolationLevel, KafkaError, Producer
 
 from data_platform import consumer
 from data_platform.consumer import Source
+from data_platform.errors import PlaceLostError
 from data_platform.topics import Span, StoredOffset, Topic, Topics
 from devstack.kafka import KafkaCluster
 from tests.conftest import UniqueTopic
 from tests.waiting import wait_until
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future
 
 MEMBER = {
     "group.protocol": "consumer",
@@ -29,9 +29,24 @@ class CountingTopics(Topics):
 
     asked = 0
 
-    def describe_group(self, group: str) -> "Future[Any]":
+    def describe_group(self, group: str) -> Future[Any]:
         self.asked += 1
         return super().describe_group(group)
+
+
+class CountingDescriptions(Topics):
+    """Counts the questions after a topic's id, and may tell another one."""
+
+    described = 0
+    other: str | None = None
+
+    def describe(self, topic: str) -> Future[Any]:
+        self.described += 1
+        if self.other is None:
+            return super().describe(topic)
+        told: Future[Any] = Future()
+        told.set_result(SimpleNamespace(topic_id=self.other))
+        return told
 
 
 class LateTopics(Topics):
@@ -105,6 +120,49 @@ def test_who_gets_no_partition_stays_a_member_by_the_brokers_own_protocol(
     assert said == []
     for source in members:
         source.close()
+
+
+def test_a_topics_id_is_asked_for_as_often_as_it_could_have_been_filled_again(
+    kafka: KafkaCluster, unique_topic: UniqueTopic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic = unique_topic(1)
+    client = {"bootstrap.servers": kafka.bootstrap_servers}
+    topics = CountingDescriptions(client)
+    member = {**client, **MEMBER, "group.id": topic}
+    source = Source(member, topics, [topic], batch_rows=1, batch_bytes=1000)
+    producer = Producer(client)
+    for number in range(60):
+        producer.produce(topic, str(number).encode())
+    assert producer.flush(10) == 0
+    wait_until(lambda: turn(source, 10), 30, "the partition")
+
+    def asked_for_a_batch() -> int:
+        before = topics.described
+        slices = wait_until(lambda: source.fetch(1.0), 20, "a record")
+        source.confirm(slices)
+        return topics.described - before
+
+    # Ten records: a hundredth of a millisecond is enough to fill them up again.
+    assert [asked_for_a_batch() for _ in range(5)] == [1] * 5
+    monkeypatch.setattr(consumer, "FASTEST_FILL_PER_S", 0.1)  # ten records: hundred seconds
+    assert [asked_for_a_batch() for _ in range(5)] == [0] * 5
+    monkeypatch.setattr(consumer, "VOUCHED_S", 0.0)
+    assert [asked_for_a_batch() for _ in range(2)] == [1] * 2
+    monkeypatch.setattr(consumer, "VOUCHED_S", 100.0)
+    assert asked_for_a_batch() == 0
+    source._on_client_error(KafkaError(KafkaError._TRANSPORT))
+    source._away = False
+    topics.other = "another"
+    with pytest.raises(PlaceLostError, match="is now another"):
+        asked_for_a_batch()
+    # What said no vouches for nothing; nor does what was said of another place.
+    with pytest.raises(PlaceLostError, match="is now another"):
+        asked_for_a_batch()
+    source.forget()
+    topics.other = None
+    wait_until(lambda: turn(source, 10), 30, "the partition again")
+    assert asked_for_a_batch() == 1
+    source.close()
 
 
 @pytest.mark.parametrize(("wakes_up", "stops"), [(True, False), (False, True)])
