@@ -39,6 +39,7 @@ from benchmarks.results import Results
 from benchmarks.surroundings import Surroundings, machine, surroundings
 from devstack.__main__ import INTERRUPTED, ending_well
 from devstack.processes import DevstackError
+from devstack.state import commit
 from devstack.steps import Steps
 
 RESULTS = Path(__file__).with_name("results")
@@ -200,6 +201,7 @@ def _settings(size: str, *, peers: bool) -> dict[str, object]:
     found: dict[str, object] = {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "size": size,
+        "commit": commit(),
         **asdict(SIZES[size]),
         "raw_producer": contenders.PRODUCER,
         "raw_read_rows": contenders.READ_ROWS,

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
 from confluent_kafka import Consumer, IsolationLevel, KafkaError, Message, TopicPartition
-from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without a word
-    AdminClient,
-    OffsetSpec,
-)
+from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]  # without a word
+
+from outbox_relay.producer import make_admin
 
 REQUEST_TIMEOUT_S = 10.0
 # The last stretch is watched closely, the way there is not disturbed.
@@ -96,7 +95,7 @@ class Arrivals:
     def __init__(self, bootstrap_servers: str, topic: str, partitions: int) -> None:
         self.topic = topic
         self._bootstrap_servers = bootstrap_servers
-        self._admin = AdminClient({"bootstrap.servers": bootstrap_servers, "log_level": 0})
+        self._admin = make_admin({"bootstrap.servers": bootstrap_servers})
         self._partitions = [TopicPartition(topic, number) for number in range(partitions)]
         self.begin = self.ends()
 

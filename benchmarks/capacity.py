@@ -28,6 +28,7 @@ DATABASE_CORES, BROKER_CORES = 32, 16
 NETWORK_BYTES_PER_S = 10e9 / 8
 DISK_BYTES_PER_S = 500e6
 REPLICAS = 3
+SECTIONS = {"drain", "loader", "booking", SECTION}
 DAY_S = 86_400
 MICROSECONDS = 1e6
 
@@ -281,8 +282,8 @@ def blocks(results: Results) -> dict[str, str]:
     largest = RATES[-1]
     each = limits(found)["analysts' database"]
     return {
-        "machine": f"Measured {results.settings['date']} on {machine['cpus']} CPUs "
-        f"({machine['cpu']}), {machine['postgres']}, {machine['kafka']}.",
+        "machine": f"{machine['cpus']} CPUs ({machine['cpu']}), {machine['postgres']}, "
+        f"{machine['kafka']}. {report.measured(results, SECTIONS)}.",
         "distances": f"{report.as_markdown(report.distances(results.figures))}\n\n{CHART}",
         "split": report.as_markdown(report.divided(results.figures)),
         "inputs": report.as_markdown(inputs(found)),

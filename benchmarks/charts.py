@@ -32,7 +32,7 @@ WAYS = {
     outage.AFTER: "HTTP call after COMMIT",
 }
 WRONG_TITLE = "Bookings that fail, or whose event is lost, % (data platform …)"
-P99_TITLE = "Booking p99, ms (data platform …)"
+P99_TITLE = "Booking p99, ms, logarithmic (data platform …)"
 QUANTILES = ("p50_ms", "p99_ms")
 SOAK_COLORS = ("#1f6feb", "#d9822b", "#3f8f68", "#8a8f98", "#0b3d91", "#b3261e", "#7fbf9b")
 SOAK_CHARTS = {
@@ -48,6 +48,16 @@ WIDTH, HEIGHT = 720, 340
 def draw(results: Results, folder: Path) -> list[Path]:
     """Write the charts for which the run has figures; return their files."""
     folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, chart in drawn(results).items():
+        path = folder / f"{name}.svg"
+        path.write_text(_picture(chart, name), encoding="utf-8")
+        written.append(path)
+    return written
+
+
+def drawn(results: Results) -> dict[str, pygal.Graph]:
+    """Return the charts for which the run has figures, by their files' names."""
     figures = [figure for figure in results.figures if not figure.get("error")]
     charts = {
         "drain": _drain(figures),
@@ -56,20 +66,16 @@ def draw(results: Results, folder: Path) -> list[Path]:
         "growth": _growth(figures),
         "distance": _distance(figures),
         "outage-wrong": _outage(figures, WRONG_TITLE, _wrong_percent),
-        "outage-p99": _outage(figures, P99_TITLE, lambda figure: float(figure["p99_ms"])),
+        "outage-p99": _logarithmic(
+            _outage(figures, P99_TITLE, lambda figure: float(figure["p99_ms"]))
+        ),
         "promise-buffering": _promise_buffering(figures),
         "promise-batching": _promise_batching(figures),
         "promise-workers": _promise_workers(figures),
         "promise-failover": _promise_failover(figures),
         **_soak([figure for figure in figures if figure["section"] == "soak"]),
     }
-    written = []
-    for name, chart in charts.items():
-        if chart is not None:
-            path = folder / f"{name}.svg"
-            path.write_text(_picture(chart, name), encoding="utf-8")
-            written.append(path)
-    return written
+    return {name: chart for name, chart in charts.items() if chart is not None}
 
 
 def _picture(chart: pygal.Graph, name: str) -> str:
@@ -121,7 +127,9 @@ def _cost(figures: Sequence[Figure]) -> pygal.Graph | None:
     if len(sizes) < 2:
         return None
     names = [name for name in COLORS if find(drained, contender=name)]
-    chart = _chart(pygal.Line, names, "Microseconds per event by rows in the backlog")
+    chart = _chart(
+        pygal.Line, names, "Microseconds from one event to the next, by rows in the backlog"
+    )
     chart.x_labels = [f"{rows:,}" for rows in sizes]
     for name in names:
         found = [find(drained, rows=rows, contender=name) for rows in sizes]
@@ -180,6 +188,15 @@ def _outage(
     return chart
 
 
+def _logarithmic(chart: pygal.Graph | None) -> pygal.Graph | None:
+    """Show what differs by thousands on one scale."""
+    if chart is not None:
+        chart.config.logarithmic = True
+        chart.config.range = None
+        chart.config.range_min = None
+    return chart
+
+
 def _distance(figures: Sequence[Figure]) -> pygal.Graph | None:
     """Events a second by the round trip to Kafka and to Postgres."""
     measured = [figure for figure in figures if "delay_ms" in figure]
@@ -210,7 +227,7 @@ def _promise_buffering(figures: Sequence[Figure]) -> pygal.Graph | None:
         return None
     seconds = max(len(found[kind]) for kind in PROMISE_LINES)
     chart = pygal.Line(
-        title="Bookings told to customers, and those in the analysts' tables, by second",
+        title="Bookings so far, and those in the analysts' tables so far", x_title="second",
         style=_style(SOAK_COLORS), width=WIDTH, height=HEIGHT, js=[], show_dots=False,
         range_min=0, show_minor_x_labels=False, x_labels_major_every=max(1, seconds // 10),
         legend_at_bottom=True,
@@ -251,6 +268,7 @@ def _promise_workers(figures: Sequence[Figure]) -> pygal.Graph | None:
         return None
     title = "Events a second by workers on six partitions"
     chart = _chart(pygal.Bar, ["exactly_once", "polling"], title)
+    chart.x_title = "workers"
     counts = sorted({figure["workers"] for figure in measured if "workers" in figure})
     chart.x_labels = [str(count) for count in counts]
     for assignor in dict.fromkeys(figure.get("assignor") for figure in measured):
@@ -271,7 +289,9 @@ def _promise_failover(figures: Sequence[Figure]) -> pygal.Graph | None:
                 worst[name] = max(worst.get(name, 0.0), figure[field])
     if not worst:
         return None
-    title = "The latest event of all rounds, seconds from its commit"
+    title = (
+        "Latest event of all rounds, seconds from its commit: into the topic, of workers the tables"
+    )
     chart = _chart(pygal.HorizontalBar, [], title)
     chart.config.style = _style(SOAK_COLORS)
     for name, seconds in worst.items():

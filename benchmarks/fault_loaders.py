@@ -8,6 +8,7 @@ the tables are compared with what they must hold: `lost` reservations (and facts
 kept), `stale` states, of which an older version has won, and `doubled` facts.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -119,7 +120,7 @@ class Watch:
     """Looks how far the states are: how long they stood still, and whether the marks are there."""
 
     def __init__(self, around: Surroundings, marks: Sequence[topic.Record]) -> None:
-        self.standstill_s = 0.0
+        self.standstill_s, self.moved_at = 0.0, -math.inf
         self.complete = threading.Event()
         self._url = around.stack.environment["ANALYTICS_OWNER_DATABASE_URL"]
         self._marks = [mark.reservation for mark in marks]
@@ -138,6 +139,7 @@ class Watch:
             if found[0] != versions:
                 self.standstill_s = max(self.standstill_s, now - changed)
                 versions, changed = found[0], now
+                self.moved_at = now
             if found[1] == len(self._marks):
                 self.complete.set()
 
@@ -211,6 +213,7 @@ def _audit(
                     "Postgres restarted": restart_postgres,
                     "loader killed again": kill,
                 },
+                lambda since: watch.moved_at > since,
             )
         # Whoever doesn't come so far has lost what is missing.
         fed_s = time.monotonic()

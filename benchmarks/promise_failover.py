@@ -1,11 +1,12 @@
 """What becomes of publishing when its broker or its relay goes.
 
 Three brokers of their own, every topic on all of them; two relays, of which one leads. Events are
-committed at a steady rate; then the broker that leads most of the topic's partitions is killed
-(SIGKILL), or the leading relay is, or it is asked to end (SIGTERM); beside it a round in which
-nothing happens. `gap_s` is the longest time without a record in any of the partitions (transactions
-are in all of them), by the brokers' own stamps; `latest_s` the longest from an event's commit to
-its stamp. The whole topic is then followed version by version.
+committed at a steady rate; then a broker is killed (SIGKILL) that leads partitions of the topic,
+one that is the active controller as well or one that isn't, or the leading relay is killed, or it
+is asked to end (SIGTERM); beside it a round in which nothing happens. `gap_s` is the longest time
+without a record in any of the partitions (transactions are in all of them), by the brokers' own
+stamps; `latest_s` the longest from an event's commit to its stamp. The whole topic is then followed
+version by version.
 """
 
 import signal
@@ -15,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 
+from confluent_kafka import ElectionType
 from confluent_kafka.admin import AdminClient
 
 from benchmarks import events, latency, load
@@ -27,11 +29,13 @@ from devstack.kafka import KafkaCluster
 from devstack.parts import new_kafka
 from devstack.processes import Process, succeed, wait_until
 from devstack.stack import COMMAND_TIMEOUT_S
+from outbox_relay.producer import make_admin
 
 FAILOVER = "promise failover"
-NOTHING, BROKER, KILLED, STOPPED = (
+NOTHING, BROKER, CONTROLLER, KILLED, STOPPED = (
     "nothing struck",
     "broker killed that leads",
+    "broker killed that leads and is the controller",
     "leading relay killed",
     "leading relay stopped",
 )
@@ -90,6 +94,12 @@ class Scene:
             broker.launch()
         self.kafka.wait_ready()
         wait_until(self._in_sync, IN_SYNC_TIMEOUT_S, "all replicas in sync")
+        # Kafka does it by itself only after minutes.
+        admin = make_admin({"bootstrap.servers": self.kafka.bootstrap_servers})
+        admin.elect_leaders(ElectionType.PREFERRED).result(IN_SYNC_TIMEOUT_S)
+        wait_until(
+            lambda: len(self.led_partitions()) == BROKERS, IN_SYNC_TIMEOUT_S, "each broker to lead"
+        )
         leads = says(self.relays[0].log, '"leading"')
         wait_until(leads, RELAY_START_TIMEOUT_S, "the other relay to lead")
         if len(self.relays) == 1:
@@ -120,7 +130,7 @@ def measure(around: Surroundings, results: Results, rounds: int) -> None:
         session_s = broker_setting_s(scene.kafka, SESSION)
         _warm_up(scene)
         total = Verdict(0)
-        for what in (NOTHING, BROKER, KILLED, STOPPED):
+        for what in (NOTHING, BROKER, CONTROLLER, KILLED, STOPPED):
             for number in range(1, 2 if what == NOTHING else rounds + 1):
                 labels = {"section": FAILOVER, "contender": what, "round": number}
                 with around.steps.step(f"{what}, round {number}"):
@@ -170,14 +180,14 @@ def _round(scene: Scene, what: str, total: Verdict) -> Figure:
 def _strikes(scene: Scene) -> Mapping[str, Callable[[], object]]:
     """Return how each is struck."""
 
-    def kill_broker() -> None:
-        led = scene.led_partitions()
-        leader = max(led, key=lambda node: len(led[node]))
-        next(b for b in scene.kafka.brokers if b.node_id == leader).kill()
+    def kill_another_broker() -> None:
+        controller = scene.kafka.controller()
+        next(broker for broker in scene.kafka.brokers if broker is not controller).kill()
 
     return {
         NOTHING: lambda: None,
-        BROKER: kill_broker,
+        BROKER: kill_another_broker,
+        CONTROLLER: lambda: scene.kafka.controller().kill(),
         KILLED: lambda: scene.lose_leader(signal.SIGKILL),
         STOPPED: lambda: scene.lose_leader(signal.SIGTERM),
     }

@@ -1,20 +1,22 @@
 """`python -m benchmarks.publish RESULT…`: put a run's tables and charts into the documents."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from benchmarks import charts, report
-from benchmarks.results import Results, load
+from benchmarks.results import Results, combined, load
 from devstack.state import REPOSITORY
 
 README = REPOSITORY / "README.md"
 DOCUMENT = REPOSITORY / "docs" / "benchmarks.md"
 PROMISES = REPOSITORY / "docs" / "promises.md"
 PUBLISHED = REPOSITORY / "benchmarks" / "results" / "published.json"
+# Those of the page of all figures; the others stand beside what they are about.
+PICTURES = ("drain", "cost", "latency", "outage-p99", "soak")
 CHARTS = REPOSITORY / "docs" / "charts"
 
 
@@ -29,17 +31,6 @@ def main(results: tuple[Path, ...]) -> None:
     a run only.
     """
     _publish(combined([json.loads(path.read_text("utf-8")) for path in results]))
-
-
-def combined(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the first run with the sections that later ones have measured."""
-    sections: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
-        own: dict[str, list[dict[str, Any]]] = {}
-        for figure in run["figures"]:
-            own.setdefault(figure["section"], []).append(figure)
-        sections |= own
-    return {**runs[0], "figures": [figure for found in sections.values() for figure in found]}
 
 
 def _publish(run: dict[str, Any]) -> None:
@@ -61,8 +52,13 @@ def figures(results: Results) -> str:
         f"{events['key_bytes']:.0f} of key and {events['headers_bytes']:.0f} of headers "
         f"({events['headers']:.1f} of them)."
     )
-    measured = f"Measured {results.settings['date']} on {place(results)}"
-    return "\n\n".join(line for line in (measured, rows, report.markdown(results)) if line)
+    told = f"{place(results)} Figures of a run are comparable: {report.measured(results)}."
+    pictures = [
+        f"![{chart.config.title}](charts/{name}.svg)"
+        for name, chart in charts.drawn(results).items()
+        if name.startswith(PICTURES)
+    ]
+    return "\n\n".join(line for line in (told, rows, report.markdown(results), *pictures) if line)
 
 
 def place(results: Results) -> str:
@@ -75,15 +71,16 @@ def place(results: Results) -> str:
     )
 
 
+PROMISED = {"ways"} | {f"promise {name}" for name in report.PROMISES}
 # What each document shows, by the name of the block between two marks.
 BLOCKS: dict[Path, dict[str, Callable[[Results], str]]] = {
     README: {
         "ways": lambda results: report.old_and_new(results.figures),
-        "beside": lambda results: report.beside(results.figures),
+        "beside": report.beside,
     },
     DOCUMENT: {"all": figures},
     PROMISES: {
-        "place": place,
+        "place": lambda results: f"{place(results)} {report.measured(results, PROMISED)}.",
         "ways": lambda results: report.old_and_new(results.figures),
         **{
             name: lambda results, name=name: report.promise(results.figures, name)  # type: ignore[misc]

@@ -1,6 +1,6 @@
 """A run's figures as tables: on a terminal, or as the Markdown that the documents show."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -82,6 +82,16 @@ def promise(figures: Sequence[Figure], name: str) -> str:
     sheet = PROMISES[name](figures)
     chart = f"\n\n![{name}](charts/promise-{name}.svg)" if name in PROMISE_CHARTS else ""
     return as_markdown(sheet) + chart if sheet.rows else ""
+
+
+def measured(results: Results, sections: Collection[str] = ()) -> str:
+    """Return when, at what size and at which commit each section was measured; all by default."""
+    runs: dict[str, list[str]] = {}
+    for section, origin in results.origins.items():
+        if not sections or section in sections:
+            told = f"{origin['date']}, size {origin['size']}, commit {origin['commit']}"
+            runs.setdefault(told, []).append(f"*{section}*")
+    return "; ".join(f"{', '.join(names)}: {told}" for told, names in runs.items())
 
 
 def _drain(figures: Sequence[Figure]) -> Sheet:
@@ -430,6 +440,17 @@ class Compared:
     field: str
     decimals: int = 0
     more_is_better: bool = False
+    value: Callable[[Figure, str], float | None] = Figure.get
+
+
+def _everybody_us(figure: Figure, own: str) -> float | None:
+    """Return the CPU of an event in a process, Postgres and Kafka; None where one is not known."""
+    servers = [figure.get(f"{server}_us_per_event") for server in ("postgres", "kafka")]
+    if figure["section"] == "drain":
+        spent_s = [figure.get(f"{server}_cpu_s") for server in ("postgres", "kafka")]
+        servers = [s if s is None else s * 1e6 / figure["rows"] for s in spent_s]
+    parts = [figure.get(own), *servers]
+    return None if None in parts else sum(part for part in parts if part)
 
 
 PUBLISHERS = {
@@ -437,13 +458,14 @@ PUBLISHERS = {
     "at_least_once": "**ours**, at least once",
     "debezium": "Debezium",
     faults.DEBEZIUM_ONCE: "Debezium in distributed Connect, exactly once",
-    "polling": "`SKIP LOCKED` relay, two of them",
+    "polling": "`SKIP LOCKED` relay (two under faults)",
 }
 PUBLISHING = (
     Compared("backlog, events/s", "drain", "events_per_s", more_is_better=True),
     Compared("p50 ms", "latency", "p50_ms", 1),
     Compared("p99 ms", "latency", "p99_ms", 1),
     Compared("CPU µs/event", "drain", "cpu_us_per_event", 1),
+    Compared("… with Postgres and Kafka", "drain", "cpu_us_per_event", 1, value=_everybody_us),
     Compared("peak MiB", "drain", "peak_mib"),
     Compared("lost", "faults", "lost"),
     Compared("doubled", "faults", "doubled"),
@@ -460,6 +482,9 @@ LOADERS = {
 LOADING = (
     Compared("events/s", loader.BESIDE, "events_per_s", more_is_better=True),
     Compared("CPU µs/event", loader.BESIDE, "cpu_us_per_event", 1),
+    Compared(
+        "… with Postgres and Kafka", loader.BESIDE, "cpu_us_per_event", 1, value=_everybody_us
+    ),
     Compared("peak MiB", loader.BESIDE, "peak_mib"),
     Compared("lost", "loader faults", "lost"),
     Compared("out of date", "loader faults", "stale"),
@@ -468,10 +493,11 @@ LOADING = (
 )
 
 
-def beside(figures: Sequence[Figure]) -> str:
+def beside(results: Results) -> str:
     """Return, as Markdown for the README, everyone's figures, the best of each column bold."""
+    figures = results.figures
     rows = _largest_backlog(figures)
-    measured = [
+    shown = [
         figure
         for figure in figures
         if not figure.get("open_transaction")
@@ -480,8 +506,9 @@ def beside(figures: Sequence[Figure]) -> str:
     ]
     return "\n\n".join(
         (
-            _compared("publisher", PUBLISHERS, PUBLISHING, measured),
-            _compared("loader", LOADERS, LOADING, measured),
+            _compared("publisher", PUBLISHERS, PUBLISHING, shown),
+            _compared("loader", LOADERS, LOADING, shown),
+            f"Sections: {measured(results, {one.section for one in (*PUBLISHING, *LOADING)})}.",
         )
     )
 
@@ -504,7 +531,7 @@ def _compared(
     lines += [[label] for label in names.values()]
     for column in columns:
         found = [find(figures, section=column.section, contender=name) for name in names]
-        values = [figure.get(column.field) if figure else None for figure in found]
+        values = [column.value(figure, column.field) if figure else None for figure in found]
         texts = ["-" if v is None else f"{v:,.{column.decimals}f}" for v in values]
         known = [value for value in values if value is not None]
         best = (max if column.more_is_better else min)(known, default=None)

@@ -17,18 +17,26 @@ from devstack.state import REPOSITORY
 FAILURES = (DevstackError, TimeoutError, RuntimeError, psycopg.Error, KafkaException)
 WRONG = ("lost", "doubled", "reordered", "stale", "sold_twice")
 
+# What tells the runs apart whose sections are published together.
+ORIGIN = ("date", "size", "commit")
+
 Figure = dict[str, Any]
 
 
 @dataclass
 class Results:
-    """What a run was and what it gave."""
+    """What a run was and what it gave.
+
+    `origins` tells of each section of a combined one when, at what size and at which commit it was
+    measured.
+    """
 
     path: Path
     machine: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, Any] = field(default_factory=dict)
     figures: list[Figure] = field(default_factory=list)
+    origins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def add(self, figure: Figure) -> None:
         """Take a figure and save everything."""
@@ -71,7 +79,32 @@ class Results:
 def load(path: Path) -> Results:
     """Read a saved run."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    return Results(path, found["machine"], found["settings"], found["events"], found["figures"])
+    return Results(
+        path,
+        found["machine"],
+        found["settings"],
+        found["events"],
+        found["figures"],
+        found.get("origins", {}),
+    )
+
+
+def combined(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return saved runs as one: the first, with the sections that later ones have measured.
+
+    Each section is of one run, whole, and `origins` tells of which.
+    """
+    sections: dict[str, list[Figure]] = {}
+    origins: dict[str, Mapping[str, str]] = {}
+    for run in runs:
+        own: dict[str, list[Figure]] = {}
+        for figure in run["figures"]:
+            own.setdefault(figure["section"], []).append(figure)
+        sections |= own
+        told = {name: str(run["settings"].get(name, "not noted")) for name in ORIGIN}
+        origins |= {section: run.get("origins", {}).get(section, told) for section in own}
+    figures = [figure for found in sections.values() for figure in found]
+    return {**runs[0], "figures": figures, "origins": origins}
 
 
 def _name(figure: Figure) -> str:

@@ -27,6 +27,7 @@ from benchmarks.shop import Hall, Shop, make_hall, own_outbox, settle, shop
 from benchmarks.surroundings import Surroundings, machine, surroundings
 from devstack.__main__ import INTERRUPTED, ending_well
 from devstack.processes import DevstackError, Process, descendants
+from devstack.state import commit
 from devstack.steps import Steps
 
 FOLDER = Path(__file__).with_name("results")
@@ -122,7 +123,13 @@ def main(duration_s: int, rate: int, folder: Path) -> None:
     with ending_well(INTERRUPTED), Steps() as steps:
         with surroundings(steps, peers=False) as around, own_outbox(around), ExitStack() as cleanup:
             results.machine = machine(around.stack)
-            results.settings = {"duration_s": duration_s, "rate": rate, "slice_s": SLICE_S}
+            results.settings = {
+                "date": f"{datetime.now(UTC):%Y-%m-%d}",
+                "size": f"{duration_s:,} s",
+                "commit": commit(),
+                "rate": rate,
+                "slice_s": SLICE_S,
+            }
             product = _begin(around, cleanup)
             for figure in _slices(product, duration_s, rate):
                 results.add({"section": "soak", "contender": "ours"} | figure)

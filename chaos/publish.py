@@ -15,6 +15,7 @@ import click
 
 from benchmarks.publish import with_figures
 from chaos.mutation import verdicts_file
+from chaos.strikes import KINDS
 from devstack.processes import ConfigurationError
 from devstack.state import REPOSITORY, home
 
@@ -25,6 +26,8 @@ RESULTS = Path(__file__).with_name("results")
 DRAWN = ("faults", "flow")
 # A fault in vain struck only in part: it proves less, and is counted.
 COUNTED = {
+    "answers": "answers",
+    "calls repeated": "calls repeated",
     "reservations told": "201s told",
     "events in the outbox": "events",
     "records delivered again on purpose": "delivered again",
@@ -44,8 +47,7 @@ def main(outcomes: tuple[Path, ...]) -> None:
     RESULTS.mkdir(exist_ok=True)
     runs = [json.loads(path.read_text("utf-8")) for path in found]
     for run in runs:
-        kept = {name: value for name, value in run.items() if name != "curves"}
-        text = json.dumps(kept, indent=1) + "\n"
+        text = json.dumps(run, indent=1) + "\n"
         (RESULTS / f"{run['delivery']}-{run['seed']}.json").write_text(text, encoding="utf-8")
     for chart in DRAWN:
         shutil.copy(found[0].with_name(f"{chart}.svg"), CHARTS / f"chaos-{chart}.svg")
@@ -89,16 +91,27 @@ def runs_table(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         struck = run["struck"]
         vain = sum(bool(one["in_vain"]) for one in struck)
+        kinds = len({one["kind"] for one in struck})
         rows.append(
             [
                 f"{run['seed']}, {run['delivery']}, {run['seconds']:g} s",
-                f"{len(struck)} of {len({one['kind'] for one in struck})} kinds, {vain} in vain",
+                f"{run.get('date', '-')}, {run.get('commit', '-')}",
+                f"{len(struck)}, {vain} in vain",
+                f"{kinds} of {len(KINDS)}",
                 *(f"{run['figures'][name]:,}" for name in COUNTED),
                 f"{run['healed_s']:g}",
                 f"**{sum(one['count'] for one in run['differences'])}**",
             ]
         )
-    heads = ("seed", "faults", *COUNTED.values(), "well again after s", "differences")
+    heads = (
+        "seed",
+        "at commit",
+        "faults",
+        "kinds",
+        *COUNTED.values(),
+        "well again after s",
+        "differences",
+    )
     return table(heads, rows)
 
 

@@ -4,6 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pygal
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chaos.whole import Outcome, Struck
+from devstack.state import commit
 
 FILE_WIDTH = 160
 WIDTH, HEIGHT, LINE_HEIGHT = 1000, 380, 17
@@ -74,7 +76,16 @@ def _faults(outcome: Outcome) -> Table:
 def write(outcome: Outcome, folder: Path) -> None:
     """Write outcome.json, faults.svg and flow.svg."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**asdict(outcome), "good": outcome.good}, indent=1)
+    text = json.dumps(
+        {
+            "date": f"{datetime.now(UTC):%Y-%m-%d}",
+            "commit": commit(),
+            **asdict(outcome),
+            "curves": {name: _thinned(curve) for name, curve in outcome.curves.items()},
+            "good": outcome.good,
+        },
+        indent=1,
+    )
     (folder / "outcome.json").write_text(text + "\n", encoding="utf-8")
     _timeline(outcome).render_to_file(str(folder / "faults.svg"))
     _flow(outcome).render_to_file(str(folder / "flow.svg"))
@@ -114,6 +125,7 @@ def _flow(outcome: Outcome) -> pygal.Graph:
         height=HEIGHT,
         title="Events that were committed, in the topic, in the tables",
         x_title="seconds",
+        y_title="events so far",
         style=_style(*COLORS),
         show_dots=False,
         stroke_style={"width": 2},

@@ -5,6 +5,7 @@ acknowledged; with one it has one. `DEVSTACK_KAFKA` names another version than 4
 """
 
 import base64
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from devstack.java import Progress, java_and_jars, kafka_version
 from devstack.processes import Process, ProcessDiedError, Running, succeed, wait_until
 from devstack.state import Run, free_port, port_answers
 
+QUORUM_STATE = Path("__cluster_metadata-0") / "quorum-state"
 START_TIMEOUT_S = 90.0
 FORMAT_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
@@ -298,6 +300,15 @@ class KafkaCluster:
             f"a leader of {topic} [{partition}]",
         )
         return next(broker for broker in self.brokers if broker.node_id == leader)
+
+    def controller(self) -> Broker:
+        """The active controller, as the brokers' files tell: no client is told of it."""
+        states = [
+            json.loads((self._file(broker, "data") / QUORUM_STATE).read_text("utf-8"))
+            for broker in self.brokers
+        ]
+        latest = max(states, key=lambda state: (state["leaderEpoch"], state["leaderId"]))
+        return next(broker for broker in self.brokers if broker.node_id == latest["leaderId"])
 
     # ---- inside
 

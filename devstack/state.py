@@ -11,6 +11,7 @@ import fcntl
 import os
 import shutil
 import socket
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 HOME_LOCK_TIMEOUT_S = 30.0
 PORT_RANGE_SIZE = 12_000
 PORT_ATTEMPTS = 200
+DESCRIBE_TIMEOUT_S = 10
 
 _given_ports: set[int] = set()
 
@@ -42,6 +44,18 @@ def home() -> Path:
             f"DEVSTACK_HOME: cannot write to {folder} ({error.strerror}); name a folder you own"
         ) from None
     return folder
+
+
+def commit() -> str:
+    """Which commit of ours this is, `-dirty` where files were changed, for what is published."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=DESCRIBE_TIMEOUT_S
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "not noted"  # an archive of the files, or no git
+    return answer.stdout.strip()
 
 
 def cache() -> Path:

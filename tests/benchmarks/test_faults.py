@@ -1,14 +1,16 @@
 """The fault audit finds what is wrong: a lost, a doubled, a reordered event, an older state."""
 
+import math
 import threading
 import time
 from collections import deque
+from pathlib import Path
 
 import pytest
 
 from benchmarks import fault_loaders, report, topic
 from benchmarks.faults import SCRIPT, Strike, lateness, meanwhile, strike
-from benchmarks.results import wrong
+from benchmarks.results import Results, wrong
 from tests.outbox_relay.writers import Verdict, compare
 
 COMMITTED = {("a", 1), ("a", 2), ("b", 1)}
@@ -87,6 +89,24 @@ def test_faults_come_in_their_order_and_are_told_how_long_they_last() -> None:
     assert [one.at for one in SCRIPT] == sorted(one.at for one in SCRIPT)
 
 
+def test_nobody_is_struck_again_before_he_works_unless_the_script_wants_it() -> None:
+    began = time.monotonic()
+    script = [Strike("a", 0.0), Strike("b", 0.1, at_once=True), Strike("c", 0.2)]
+    deeds = dict.fromkeys("abc", lambda _: None)
+    struck = dict(strike(script, 0.01, deeds, lambda _: time.monotonic() - began > 0.3))
+    # Asked before the first one, too: it has to be at work when it is struck.
+    assert struck["a"] - began > 0.3
+    asked = deque[float]()
+
+    def works_since(since: float) -> bool:
+        asked.append(since)
+        return len(asked) > 5
+
+    strike(script, 0.01, deeds, works_since)
+    assert asked[0] == -math.inf
+    assert asked[-1] > began  # the end of what was struck last
+
+
 def test_lateness_is_told_of_the_fault_around_which_an_event_was_committed() -> None:
     struck = [("killed", 10.0), ("frozen", 20.0)]
     committed = {("before", 1): 5.0, ("under way", 1): 9.5, ("a", 1): 12.0, ("b", 1): 21.0}
@@ -109,9 +129,10 @@ def test_only_what_was_promised_is_wrong() -> None:
     assert not wrong({"lost": 1, "doubled": 3, "promised": []})
 
 
-def test_the_table_shows_who_is_best_at_what_even_if_it_is_a_peer() -> None:
+def test_the_table_shows_who_is_best_at_what_even_if_it_is_a_peer(tmp_path: Path) -> None:
     audited = {"section": "faults", "lost": 0, "doubled": 0, "reordered": 0, "latest_s": 9.0}
-    drained = {"section": "drain", "open_transaction": False, "cpu_us_per_event": 5.0}
+    cpu = {"cpu_us_per_event": 5.0, "postgres_cpu_s": 10 * 2e-6, "kafka_cpu_s": 10 * 1e-6}
+    drained = {"section": "drain", "open_transaction": False, **cpu}
     figures = [
         audited | {"contender": "exactly_once"},
         audited | {"contender": "polling", "doubled": 7, "latest_s": 2.0},
@@ -119,10 +140,13 @@ def test_the_table_shows_who_is_best_at_what_even_if_it_is_a_peer() -> None:
         drained | {"contender": "debezium", "rows": 10, "events_per_s": 20, "peak_mib": 900},
         drained | {"contender": "exactly_once", "rows": 100, "events_per_s": 60, "peak_mib": 1},
     ]
-    lines = {line.split(" | ")[0]: line for line in report.beside(figures).splitlines()}
+    origins = {"drain": {"date": "2027-01-31", "size": "quick", "commit": "abc"}}
+    told = report.beside(Results(tmp_path / "run.json", figures=figures, origins=origins))
+    assert told.endswith("\n\nSections: *drain*: 2027-01-31, size quick, commit abc.")
+    lines = {line.split(" | ")[0]: line for line in told.splitlines()}
     ours, debezium, polling = (
         lines[f"| {report.PUBLISHERS[name]}"] for name in ("exactly_once", "debezium", "polling")
     )
-    assert ours.endswith("| **50** | - | - | 5.0 | **90** | 0 | **0** | 0 | 9.0 |")
-    assert debezium.endswith("| 20 | - | - | 5.0 | 900 | - | - | - | - |")
-    assert polling.endswith("| - | - | - | - | - | 0 | 7 | 0 | **2.0** |")
+    assert ours.endswith("| **50** | - | - | 5.0 | 8.0 | **90** | 0 | **0** | 0 | 9.0 |")
+    assert debezium.endswith("| 20 | - | - | 5.0 | 8.0 | 900 | - | - | - | - |")
+    assert polling.endswith("| - | - | - | - | - | - | 0 | 7 | 0 | **2.0** |")

@@ -12,7 +12,7 @@ from rich.console import Console
 from benchmarks import charts, publish, report
 from benchmarks.goals import goals
 from benchmarks.latency import quantiles
-from benchmarks.results import Results, load
+from benchmarks.results import Results, combined, load
 from devstack.processes import DevstackError
 from devstack.state import REPOSITORY
 
@@ -169,12 +169,15 @@ def test_quantiles_are_the_nearest_rank_in_milliseconds() -> None:
 def test_of_several_runs_each_section_is_published_whole_from_the_last_that_has_it() -> None:
     drain = [{"section": "drain", "contender": name, "run": 1} for name in ("a", "b")]
     idle, again = ({"section": "idle", "contender": "a", "run": run} for run in (1, 2))
-    first = {"settings": {"date": "1"}, "figures": [*drain, idle]}
+    first = {"settings": {"date": "1", "size": "quick", "commit": "a"}, "figures": [*drain, idle]}
     second = {"settings": {"date": "2"}, "figures": [again]}
-    assert publish.combined([first, second]) == {
-        "settings": {"date": "1"},
-        "figures": [*drain, again],
+    origins = {
+        "drain": {"date": "1", "size": "quick", "commit": "a"},
+        "idle": {"date": "2", "size": "not noted", "commit": "not noted"},
     }
+    expected = {**first, "figures": [*drain, again], "origins": origins}
+    assert combined([first, second]) == expected
+    assert combined([expected, {"settings": {}, "figures": []}]) == expected
 
 
 def test_the_documents_show_the_published_figures_and_nothing_typed_in() -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from chaos.publish import mutants_table, recovery_table, runs_table, summary
+from chaos.strikes import KINDS
 
 RUN: dict[str, Any] = {
     "seed": 7,
@@ -10,6 +11,8 @@ RUN: dict[str, Any] = {
     "seconds": 600,
     "healed_s": 4.5,
     "figures": {
+        "answers": 3_000,
+        "calls repeated": 17,
         "reservations told": 1_234,
         "events in the outbox": 2_000,
         "records delivered again on purpose": 50,
@@ -25,7 +28,8 @@ RUN: dict[str, Any] = {
 
 
 def test_a_run_is_told_with_its_faults_in_vain_and_its_differences() -> None:
-    cells = ["7, exactly_once, 600 s", "3 of 2 kinds, 1 in vain", "1,234", "2,000", "50", "9"]
+    cells = ["7, exactly_once, 600 s", "-, -", "3, 1 in vain", f"2 of {len(KINDS)}"]
+    cells += ["3,000", "17", "1,234", "2,000", "50", "9"]
     assert runs_table([RUN])[-1] == f"| {' | '.join([*cells, '4.5', '**0**'])} |"
     wrong = RUN | {"differences": [{"kind": "event lost", "count": 3}]}
     assert runs_table([wrong])[-1].endswith("| **3** |")
