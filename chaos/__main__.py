@@ -63,6 +63,8 @@ def everything(*, seconds: int, seed: int, rate: float, delivery: str) -> bool:
     """Strike the whole product; say whether every place agrees with what clients were told."""
     results = home() / "chaos" / f"whole-{seed}"
     results.mkdir(parents=True, exist_ok=True)
+    # A run that doesn't come to its end must not leave an older one's outcome to be published.
+    (results / "outcome.json").unlink(missing_ok=True)
     console = report.console()
     disks.enter_own_mounts()
     with ending_well(INTERRUPTED), Steps() as steps:
@@ -96,7 +98,7 @@ def everything(*, seconds: int, seed: int, rate: float, delivery: str) -> bool:
 
 def workers(*, seconds: int, events: int, seed: int) -> bool:
     """Strike three workers and their database; say whether the tables are right."""
-    with ending_well(), ExitStack() as cleanup:
+    with ending_well(INTERRUPTED), ExitStack() as cleanup:
         steps = cleanup.enter_context(Steps())
         run = cleanup.enter_context(Run())
         with steps.step("Postgres and a broker"):
@@ -136,7 +138,7 @@ def workers(*, seconds: int, events: int, seed: int) -> bool:
 
 def relays(*, seconds: int, events: int, seed: int) -> bool:
     """Strike two relays and three brokers; say whether every event was published once."""
-    with ending_well(), ExitStack() as cleanup:
+    with ending_well(INTERRUPTED), ExitStack() as cleanup:
         steps = cleanup.enter_context(Steps())
         run = cleanup.enter_context(Run())
         with steps.step("Postgres and three brokers"):

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any, TypeVar
 from zoneinfo import ZoneInfo
 
+from chaos.ledger import Order
 from chaos.places import (
     AGAIN,
     CATALOGUE_TOPIC,
@@ -98,9 +99,21 @@ def _clients(truth: _Truth) -> Findings:
             if name in told
             and (
                 one.status != told[name].final_status
-                or one.seat_ids != told[name].seat_ids
-                or one.version < told[name].version
+                or one.order != told[name].order
+                # Of a hold an extension may be, and its end is, untold; of all else nothing is.
+                or not told[name].version <= one.version
+                or (one.version > told[name].version and one.status != "expired")
             )
+        ],
+    )
+    yield (
+        "a change isn't what its client was told",
+        [
+            f"{name}:{version}: told {status}"
+            for name, one in told.items()
+            for version, status in one.statuses.items()
+            if (event := truth.events.get(f"{name}:{version}")) is not None
+            and (event["data"]["status"], _order(event)) != (status, one.order)
         ],
     )
     yield "an answer that no client should get", truth.places.unexpected
@@ -138,6 +151,20 @@ def _outbox(truth: _Truth) -> Findings:
     }
     yield "a change without its event in the outbox", sorted(wanted - truth.events.keys())
     yield "an event in the outbox without its change", sorted(truth.events.keys() - wanted)
+    ids = [
+        (event["subject"], event["data"]["version"])
+        for row in truth.places.outbox
+        if row.topic == RESERVATION_TOPIC and not row.mark
+        for event in [json.loads(row.value)]
+    ]
+    yield "doubled in the outbox", [one for one, count in Counter(ids).items() if count > 1]
+    last: dict[str, int] = {}
+    backwards = []
+    for name, version in ids:
+        if version < last.get(name, 0):
+            backwards.append(f"{name}:{version}")
+        last[name] = version
+    yield "out of order in the outbox", backwards
     yield (
         "the last event in the outbox isn't the reservation's state",
         [
@@ -156,13 +183,9 @@ def _topics(truth: _Truth) -> Findings:
     rows = [row._replace(mark="") for row in truth.places.outbox]
     # Chaos puts rows into the outbox, too; those the relay has published like any other.
     foreign = {row._replace(mark="") for row in truth.places.outbox if row.mark}
-    ours = [
-        record
-        for record in truth.places.records
-        if not record.mark or Row(record.topic, record.key or b"", record.value or b"") in foreign
-    ]
+    ours = [record for record in truth.places.records if not record.mark or record.row in foreign]
     committed = Counter(rows)
-    published = Counter(Row(r.topic, r.key or b"", r.value or b"") for r in ours)
+    published = Counter(record.row for record in ours)
     # What compaction may take away is no loss as long as the newest of a key is there.
     newest = {row.key: row for row in rows if row.topic == CATALOGUE_TOPIC}
     kept = set(newest.values())
@@ -195,7 +218,7 @@ def _reordered(rows: Sequence[Row], ours: Sequence[Record]) -> list[str]:
     place = {row: number for number, row in enumerate(rows)}
     last: dict[tuple[str, bytes | None], int] = {}
     found = []
-    for row in dict.fromkeys(Row(r.topic, r.key or b"", r.value or b"") for r in ours):
+    for row in dict.fromkeys(record.row for record in ours):
         key, number = (row.topic, row.key), place.get(row, -1)
         if number < last.get(key, -1):
             found.append(_about(row))
@@ -264,6 +287,17 @@ def _state(event: Mapping[str, Any]) -> State:
         len(data["seats"]),
         data["amount"],
         data["currency"],
+    )
+
+
+def _order(event: Mapping[str, Any]) -> Order:
+    data = event["data"]
+    return Order(
+        data["customer_id"],
+        data["performance"]["performance_id"],
+        data["amount"],
+        data["currency"],
+        frozenset((seat["seat_id"], seat["price"]) for seat in data["seats"]),
     )
 
 

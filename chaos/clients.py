@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -102,6 +103,7 @@ class Clients:
                 http,
                 self._services,
                 self._ledger,
+                customer_id=f"client-{number}",
                 token=self._token(f"client-{number}"),
                 chance=chance,
             )
@@ -134,12 +136,14 @@ class _Client:
         services: Sequence[tuple[str, str]],
         ledger: Ledger,
         *,
+        customer_id: str,
         token: str,
         chance: random.Random,
     ) -> None:
         self._http = http
         self._services = services
         self._ledger = ledger
+        self._customer_id = customer_id
         self._token = token
         self._chance = chance
         self._at = 0
@@ -148,7 +152,7 @@ class _Client:
         """Reserve, then do what the further steps say; begin at any service, as it may be well."""
         self._at = self._chance.randrange(len(self._services))
         confirm = steps[0] == "book"
-        if self._chance.random() < BEST_AVAILABLE:
+        if best := self._chance.random() < BEST_AVAILABLE:
             path = f"/api/performances/{performance_id}/best-available"
             body: dict[str, Any] = {"count": len(seats), "confirm": confirm}
         else:
@@ -161,7 +165,8 @@ class _Client:
         if status != 201:
             self._ledger.surprised(f"{path}: {status} {answer}")
             return
-        self._ledger.reserved(answer)
+        asked = () if best else seats
+        self._ledger.booked(answer, self._customer_id, performance_id, asked)
         for step in steps[1:]:
             self._change(answer["reservation_id"], step)
 
@@ -169,8 +174,13 @@ class _Client:
         status, answer = self._ask(f"/api/reservations/{reservation_id}/{action}", None, None)
         if status == 200:
             self._ledger.reserved(answer)
-        elif status != 409 or answer["status"] != "expired":
+        elif status != 409 or answer["status"] != "expired" or self._held(reservation_id):
             self._ledger.surprised(f"{action} of {reservation_id}: {status} {answer}")
+
+    def _held(self, reservation_id: str) -> bool:
+        """Whether a hold that was told lasts still: the decision was earlier than now."""
+        until = self._ledger.told[reservation_id].held_until
+        return until is not None and datetime.now(UTC) < until
 
     def _ask(
         self, path: str, body: dict[str, Any] | None, key: str | None

@@ -9,17 +9,29 @@ import threading
 import time
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import datetime
+from typing import Any, NamedTuple
+
+
+class Order(NamedTuple):
+    """What a reservation is, whatever becomes of it; a seat is its id and its price."""
+
+    customer_id: str
+    performance_id: int
+    amount: int
+    currency: str
+    seats: frozenset[tuple[int, int]]
 
 
 @dataclass(slots=True)
 class Told:
-    """What a client knows of a reservation: its seats, and its status by version."""
+    """What a client knows of a reservation: what it is, its status by version, its last hold."""
 
-    performance_id: int
-    seat_ids: frozenset[int]
+    order: Order
     statuses: dict[int, str]
+    held_until: datetime | None = None
 
     @property
     def version(self) -> int:
@@ -49,15 +61,36 @@ class Ledger:
     retries: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    def booked(
+        self, answer: dict[str, Any], customer_id: str, performance_id: int, seats: Collection[int]
+    ) -> None:
+        """Take a 201 down, and compare it with what was asked for; no `seats`: any would do."""
+        name = answer["reservation_id"]
+        with self._lock:
+            known = name in self.told
+        if known:  # each booking is told once: it keeps its key until it is
+            self.surprised(f"{name}: told to two bookings")
+        self.reserved(answer)
+        order = self.told[name].order
+        if (order.customer_id, order.performance_id) != (customer_id, performance_id) or (
+            seats and {seat for seat, _ in order.seats} != set(seats)
+        ):
+            self.surprised(f"{name}: {customer_id} wanted {performance_id} {seats}, got {order}")
+
     def reserved(self, answer: dict[str, Any]) -> None:
         """Take down the state of a reservation as an answer has it."""
         name, version, status = answer["reservation_id"], answer["version"], answer["status"]
-        seats = frozenset(seat["seat_id"] for seat in answer["seats"])
+        until = answer["expires_at"]
+        seats = frozenset((seat["seat_id"], seat["price"]) for seat in answer["seats"])
+        whose, performance_id = answer["customer_id"], answer["performance_id"]
+        order = Order(whose, performance_id, answer["amount"], answer["currency"], seats)
         with self._lock:
-            told = self.told.setdefault(name, Told(answer["performance_id"], seats, {}))
+            told = self.told.setdefault(name, Told(order, {}))
             before = told.statuses.setdefault(version, status)
-        if before != status or told.seat_ids != seats:
-            self.surprised(f"{name}: version {version} was {before}, is {status}")
+            told.held_until = datetime.fromisoformat(until) if until else None
+        if before != status or told.order != order:
+            was = f"{before} {told.order}"
+            self.surprised(f"{name}: version {version} was {was}, is {status} {order}")
 
     def answered(self, service: str, status: int) -> None:
         """Take down that a service has answered a write."""

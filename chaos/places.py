@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import psycopg
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Message, TopicPartition
 
-from chaos.ledger import Told
+from chaos.ledger import Order, Told
 
 RESERVATION_TOPIC, CATALOGUE_TOPIC = "concert-reservation", "concert-catalogue"
 # Whatever chaos puts into the outbox or a topic by itself has this header: AGAIN for a record that
@@ -19,13 +19,13 @@ KAFKA_TIMEOUT_S = 20.0
 READ_TIMEOUT_S = 120.0
 
 STORED = """
-SELECT reservation_id::text, status, version, amount,
-       array(SELECT seat_id FROM reservation_seats AS seat
-             WHERE seat.reservation_id = reservation.reservation_id)
+SELECT reservation_id::text, status, version, customer_id, performance_id, amount, currency,
+       (SELECT jsonb_agg(jsonb_build_array(seat_id, price)) FROM reservation_seats AS seat
+        WHERE seat.reservation_id = reservation.reservation_id)
 FROM reservations AS reservation
 """
 OUTBOX = """
-SELECT topic, key, payload::text, headers->>'chaos' FROM outbox ORDER BY id
+SELECT topic, key, payload::text, headers FROM outbox ORDER BY id
 """
 QUARANTINED = "SELECT count(*) FROM outbox_relay_quarantine"
 FACTS = """
@@ -61,17 +61,17 @@ class Stored(NamedTuple):
 
     status: str
     version: int
-    amount: int
-    seat_ids: frozenset[int]
+    order: Order
 
 
 class Row(NamedTuple):
-    """A row of the outbox; `mark` is empty where the service wrote it."""
+    """A row of the outbox; `mark` is empty where the service wrote it. Headers are sorted."""
 
     topic: str
     key: bytes
     value: bytes
     mark: str = ""
+    headers: tuple[tuple[str, bytes], ...] = ()
 
 
 class Record(NamedTuple):
@@ -83,6 +83,12 @@ class Record(NamedTuple):
     key: bytes | None
     value: bytes | None
     mark: str = ""
+    headers: tuple[tuple[str, bytes], ...] = ()
+
+    @property
+    def row(self) -> Row:
+        """The row of the outbox that it was, without a mark."""
+        return Row(self.topic, self.key or b"", self.value or b"", "", self.headers)
 
 
 class Fact(NamedTuple):
@@ -165,12 +171,12 @@ def read(
     """Read everything; nothing may be on its way any more."""
     with psycopg.connect(environment["RESERVATION_OWNER_DATABASE_URL"]) as service:
         stored = {
-            row[0]: Stored(row[1], row[2], row[3], frozenset(row[4]))
-            for row in service.execute(STORED)
+            name: Stored(status, version, Order._make([*order, frozenset(map(tuple, seats or ()))]))
+            for name, status, version, *order, seats in service.execute(STORED)
         }
         outbox = [
-            Row(topic, key.encode(), payload.encode(), mark or "")
-            for topic, key, payload, mark in service.execute(OUTBOX)
+            Row(topic, key.encode(), payload.encode(), headers.get(MARK, ""), _sorted(headers))
+            for topic, key, payload, headers in service.execute(OUTBOX)
         ]
         quarantined = service.execute(QUARANTINED).fetchone()
     with psycopg.connect(environment["ANALYTICS_OWNER_DATABASE_URL"]) as tables:
@@ -196,7 +202,7 @@ def read(
 def record_of(message: Message) -> Record:
     """Return a record of a message without an error."""
     headers: Any = message.headers() or []
-    mark = dict(headers).get(MARK, b"")
+    mark = dict(headers).get(MARK, b"") or b""
     return Record(
         str(message.topic()),
         int(message.partition() or 0),
@@ -204,7 +210,12 @@ def record_of(message: Message) -> Record:
         message.key(),
         message.value(),
         mark.decode(),
+        tuple(sorted((name, value or b"") for name, value in headers)),
     )
+
+
+def _sorted(headers: Mapping[str, str]) -> tuple[tuple[str, bytes], ...]:
+    return tuple(sorted((name, value.encode()) for name, value in headers.items()))
 
 
 def records(bootstrap_servers: str) -> list[Record]:

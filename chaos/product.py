@@ -197,6 +197,7 @@ class Product(Stack):
         url = self.environment[variable]
         port = self.ways.add(name, server.name, server.port)
         own[variable] = url.replace(f"@127.0.0.1:{server.port}/", f"@127.0.0.1:{port}/")
+        assert own[variable] != url, variable  # noqa: S101 - else nothing would pass the proxy
         if name in self.size.clients_of_kafka():
             own["KAFKA_BOOTSTRAP_SERVERS"] = self.wired.servers_for(name)
         # What a killed one leaves in a temporary folder goes with the run.

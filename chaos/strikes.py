@@ -19,7 +19,7 @@ from typing import Literal
 from uuid import UUID
 
 import psycopg
-from confluent_kafka import Consumer, Producer
+from confluent_kafka import Consumer, Producer, TopicPartition
 
 from chaos import clocks, disks
 from chaos.clocks import Clock
@@ -30,7 +30,7 @@ from chaos.relay import leader_pid
 from chaos.schedule import Nature
 from chaos.wiring import How, name_of
 from devstack.postgres import PostgresServer
-from devstack.processes import wait_until
+from devstack.processes import DevstackError, wait_until
 
 CONNECT_TIMEOUT_S = 2
 JOIN_TIMEOUT_S = 60.0
@@ -147,11 +147,16 @@ def repeated(act: Callable[[], None], every_s: float) -> Iterator[None]:
 # ---- programs
 
 
+def _end(scene: Scene, name: str, how: signal.Signals) -> None:
+    if not scene.product.part(name).kill(how):
+        raise DevstackError(f"{name} didn't run: there was nothing to end")
+
+
 def _killed(name: str) -> Strike:
     @contextmanager
     def strike(scene: Scene, chance: random.Random) -> Iterator[str]:
         target = scene.alone(name, chance)
-        scene.product.part(target).kill()
+        _end(scene, target, signal.SIGKILL)
         yield target
 
     return strike
@@ -207,12 +212,16 @@ def _leader_killed_often(scene: Scene, chance: random.Random) -> Iterator[str]:
                     wait.wait(0.05)
                 wait.wait(chance.uniform(0, LEADS_FOR_S))
                 part.kill()
+                killed.append(part.name)
 
+    killed: list[str] = []
     wait = threading.Event()
     with ExitStack() as far, repeated(kill, 0.1):
         for part in parts:
             far.enter_context(scene.product.ways.broken(part.name, "broker", "slow"))
         yield "whichever leads"
+    if not killed:
+        raise DevstackError("no relay led")
 
 
 kind("workers killed often", "worker", (6, 10))(_killed_often("worker", 1.0))
@@ -221,7 +230,7 @@ kind("workers killed often", "worker", (6, 10))(_killed_often("worker", 1.0))
 @kind("sweeper killed", "service", AT_ONCE)
 @contextmanager
 def _sweeper_killed(scene: Scene, _chance: random.Random) -> Iterator[str]:
-    scene.product.part("sweeper").kill()
+    _end(scene, "sweeper", signal.SIGKILL)
     yield "sweeper"
 
 
@@ -338,7 +347,7 @@ def _server(scene: Scene, name: Database) -> PostgresServer:
 def _restarted(name: Database, how: signal.Signals) -> Strike:
     @contextmanager
     def strike(scene: Scene, _chance: random.Random) -> Iterator[str]:
-        scene.product.part(name).kill(how)
+        _end(scene, name, how)
         yield name
 
     return strike
@@ -357,14 +366,22 @@ def _backends(name: Database, how: str, at_a_time: int, every_s: float) -> Strik
     @contextmanager
     def strike(scene: Scene, _chance: random.Random) -> Iterator[str]:
         with psycopg.connect(_server(scene, name).admin_url, autocommit=True) as connection:
+            reached = 0
 
             def signal_some() -> None:
-                connection.execute(SIGNAL_BACKENDS[how], (list(ROLES[name]), at_a_time))
+                nonlocal reached
+                found = connection.execute(SIGNAL_BACKENDS[how], (list(ROLES[name]), at_a_time))
+                reached += (found.fetchone() or (0,))[0]
 
             with repeated(signal_some, every_s):
                 yield name
+            if not reached:
+                raise DevstackError(f"no backend of {ROLES[name]} was there to {how}")
 
     return strike
+
+
+NONE_LEFT = ("too many clients", "connection slots are reserved")
 
 
 def _exhausted(name: Database) -> Strike:
@@ -374,10 +391,16 @@ def _exhausted(name: Database) -> Strike:
     def strike(scene: Scene, _chance: random.Random) -> Iterator[str]:
         url = scene.product.environment[OWNERS[name]]
         with ExitStack() as taken:
+            refused = threading.Event()
 
             def take() -> None:
                 for _ in range(MAX_CONNECTIONS):
-                    one = psycopg.connect(url, connect_timeout=CONNECT_TIMEOUT_S)
+                    try:
+                        one = psycopg.connect(url, connect_timeout=CONNECT_TIMEOUT_S)
+                    except psycopg.OperationalError as error:
+                        if any(words in str(error) for words in NONE_LEFT):
+                            refused.set()
+                        raise
                     taken.callback(one.close)
 
             def end_some() -> None:
@@ -386,6 +409,8 @@ def _exhausted(name: Database) -> Strike:
 
             with repeated(take, 0.05), repeated(end_some, 1.0):
                 yield name
+            if not refused.is_set():
+                raise DevstackError("there was always a connection left")
 
     return strike
 
@@ -394,8 +419,14 @@ def _disk_full(name: str) -> Strike:
     @contextmanager
     def strike(scene: Scene, chance: random.Random) -> Iterator[str]:
         target = scene.alone(name, chance) if name == "broker" else name
+        log = scene.product.run.path / f"{target.replace('broker', 'kafka')}.log"
+        before = log.stat().st_size
         with scene.product.disks[target].full():
             yield target
+        with log.open("rb") as file:
+            file.seek(before)
+            if b"No space left on device" not in file.read():
+                raise DevstackError(f"{target} wrote nothing meanwhile")
 
     return strike
 
@@ -600,8 +631,12 @@ def _storm(scene: Scene, _chance: random.Random) -> Iterator[str]:
         try:
             for _ in range(4):
                 consumer.poll(0.3)
+                joined.extend(consumer.assignment())
         finally:
             consumer.close()
 
+    joined: list[TopicPartition] = []
     with repeated(join, 0.2):
         yield "the workers' group"
+    if not joined:
+        raise DevstackError("the group gave the stranger nothing")

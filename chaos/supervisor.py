@@ -77,11 +77,12 @@ class Part:
         finally:
             self._lock.release()
 
-    def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
-        """End it; it is started again."""
+    def kill(self, how: signal.Signals = signal.SIGKILL) -> bool:
+        """End it; it is started again. Return whether it ran."""
         with self._lock:
-            self._struck = True
+            ran, self._struck = self.alive, True
             self._running().stop(STOP_TIMEOUT_S, how)
+            return ran
 
     @contextmanager
     def held_down(self) -> Iterator[None]:
@@ -98,6 +99,8 @@ class Part:
     def frozen(self) -> Iterator[None]:
         """Stop it (SIGSTOP) for as long as the block runs."""
         running = self._running()
+        if not running.alive:
+            raise DevstackError(f"{self.name} doesn't run: nothing to freeze")
         running.pause()
         try:
             yield

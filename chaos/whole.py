@@ -174,6 +174,8 @@ def _run(
             if faults.broken:
                 count = len(faults.broken)
                 late.append(Difference("a fault that chaos can't strike", count, faults.broken))
+            if not any(not struck.in_vain for struck in faults.struck) or not ledger.told:
+                late.append(Difference("nothing was struck, or nobody booked", 1, []))
             for struck in faults.struck:
                 _measure(struck, product, gauges, ledger, began_s)
         with steps.step("audit"):
@@ -248,8 +250,11 @@ class _Faults:
                     tick(now)
         finally:
             self._over.set()
-            for thread in threads:
-                thread.join(COMMAND_TIMEOUT_S)
+            until_s = time.monotonic() + COMMAND_TIMEOUT_S
+            for thread, fault in zip(threads, planned, strict=True):
+                thread.join(max(0.0, until_s - time.monotonic()))
+                if thread.is_alive():
+                    self.broken.append(f"{fault.kind}: doesn't end")
 
     def _strike(self, fault: Planned) -> None:
         kind: Kind = KINDS[fault.kind]

@@ -87,7 +87,8 @@ WRONG_OFFSETS = {
 def as_expected(case: Case, outcome: Outcome) -> bool:
     """Whether a model holds, or breaks, as its case says."""
     kind = outcome.broken and outcome.broken.partition(":")[0]
-    return kind == case.breaks
+    # A relay that publishes nothing, a worker that loads nothing would break nothing either.
+    return kind == case.breaks and (case.breaks is not None or outcome.done > 0)
 
 
 @click.command()

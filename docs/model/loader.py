@@ -149,6 +149,10 @@ class Partition:
             return f"reordered: the tables hold records {list(state.rows)}"
         return None
 
+    def done(self, state: State) -> bool:
+        """See Model."""
+        return state.offset == self.records == len(state.rows)
+
 
 def _put(state: State, n: int, worker: Worker) -> State:
     return state._replace(workers=(*state.workers[:n], worker, *state.workers[n + 1 :]))

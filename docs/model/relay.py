@@ -315,6 +315,12 @@ class Outbox:
             return f"lost: nothing more will come, and {_ids(missing)} is not in the topic"
         return None
 
+    def done(self, state: State) -> bool:
+        """See Model."""
+        written = sum(len(tx.ids) for tx in state.txs if tx.phase == COMMITTED)
+        wanted = sum(map(len, self.bounds.keys))
+        return written == wanted == len(state.topic) and self._at_rest(state)
+
     def _events(self, state: State) -> Iterator[tuple[Tx, str]]:
         return zip(state.txs, self.bounds.keys, strict=True)
 

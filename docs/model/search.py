@@ -28,6 +28,10 @@ class Model(Protocol[State]):
         """Return the promise that this state breaks ("lost: ..."), or None."""
         ...
 
+    def done(self, state: State) -> bool:
+        """Whether all work was done here: a model that never comes to this shows nothing."""
+        ...
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -35,6 +39,7 @@ class Outcome:
 
     states: int
     cpu_s: float
+    done: int = 0
     broken: str | None = None
     trace: tuple[str, ...] = ()
 
@@ -45,17 +50,18 @@ def explore(model: Model[State]) -> Outcome:
     first = model.initial()
     # Each with the one it was reached from: enough to find the way again.
     seen: dict[State, State | None] = {first: None}
-    todo = deque([first])
+    todo, done = deque([first]), 0
     while todo:
         state = todo.popleft()
+        done += model.done(state)
         if broken := model.broken(state):
             cpu_s = time.process_time() - begun_s
-            return Outcome(len(seen), cpu_s, broken, _way_to(model, state, seen))
+            return Outcome(len(seen), cpu_s, done, broken, _way_to(model, state, seen))
         for _, following in model.steps(state):
             if following not in seen:
                 seen[following] = state
                 todo.append(following)
-    return Outcome(len(seen), time.process_time() - begun_s)
+    return Outcome(len(seen), time.process_time() - begun_s, done)
 
 
 def _way_to(model: Model[State], end: State, seen: dict[State, State | None]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import pytest
 
 from chaos.audit import audit, murmur2
-from chaos.ledger import Told
+from chaos.ledger import Ledger, Order, Told
 from chaos.places import (
     AGAIN,
     POISON,
@@ -63,6 +63,10 @@ def event(name: str, seat: int, version: int, status: str, second: int) -> bytes
     ).encode()
 
 
+def order(seat: int) -> Order:
+    return Order("somebody", 8, 5000, "EUR", frozenset({(seat, 5000)}))
+
+
 def agreeing() -> Places:
     """Three reservations that are the same everywhere, a poisoned record, one that came again."""
     outbox, records, facts = [], [], {}
@@ -82,11 +86,11 @@ def agreeing() -> Places:
     seat_of = {name: seat for name, seat, _ in STORY}
     return Places(
         told={
-            name: Told(8, frozenset({seat_of[name]}), {version: status})
+            name: Told(order(seat_of[name]), {version: status})
             for name, (version, status) in last.items()
         },
         stored={
-            name: Stored(status, version, 5000, frozenset({seat_of[name]}))
+            name: Stored(status, version, order(seat_of[name]))
             for name, (version, status) in last.items()
         },
         outbox=outbox,
@@ -120,7 +124,10 @@ DIFFERENCES: dict[str, Breaks] = {
     ),
     "a reservation of which no client was told": lambda p: replace(p, told=without(p.told, "b")),
     "a reservation isn't what its client was told": lambda p: replace(
-        p, told={**p.told, "b": Told(8, frozenset({2}), {1: "confirmed", 2: "cancelled"})}
+        p, told={**p.told, "b": Told(order(2), {1: "confirmed", 2: "cancelled"})}
+    ),
+    "a change isn't what its client was told": lambda p: replace(
+        p, told={**p.told, "a": Told(order(1), {1: "confirmed", 3: "cancelled"})}
     ),
     "an answer that no client should get": lambda p: replace(p, unexpected=["500"]),
     "a seat was sold twice": lambda p: replace(
@@ -134,6 +141,14 @@ DIFFERENCES: dict[str, Breaks] = {
     "a change without its event in the outbox": lambda p: replace(p, outbox=p.outbox[:-1]),
     "an event in the outbox without its change": lambda p: replace(
         p, stored={**p.stored, "a": p.stored["a"]._replace(version=2)}
+    ),
+    "doubled in the outbox": lambda p: replace(
+        p, outbox=[*p.outbox, p.outbox[3]], records=[*p.records, p.records[3]]
+    ),
+    "out of order in the outbox": lambda p: replace(
+        p,
+        outbox=[p.outbox[1], p.outbox[0], *p.outbox[2:]],
+        records=[p.records[1], p.records[0], *p.records[2:]],
     ),
     "the last event in the outbox isn't the reservation's state": lambda p: replace(
         p, stored={**p.stored, "b": p.stored["b"]._replace(status="held")}
@@ -186,6 +201,28 @@ def test_a_difference_is_found_by_its_name(kind: str) -> None:
     assert found[kind].examples
 
 
+def test_a_reservation_is_compared_whole_with_what_was_told() -> None:
+    places = agreeing()
+    for wrong in (order(2)._replace(amount=1), order(2)._replace(customer_id="another")):
+        stored = {**places.stored, "b": places.stored["b"]._replace(order=wrong)}
+        (found,) = audit(replace(places, stored=stored))
+        assert found.kind == "a reservation isn't what its client was told"
+
+
+def test_two_bookings_that_were_told_of_one_reservation_are_found() -> None:
+    ledger = Ledger()
+    answer = order(2)._asdict() | {
+        "reservation_id": "b", "version": 1, "status": "confirmed", "expires_at": None,
+        "seats": [{"seat_id": 2, "price": 5000}],
+    }  # fmt: skip
+    ledger.booked(answer, "somebody", 8, [2])
+    assert not ledger.unexpected
+    ledger.booked(answer, "somebody", 8, [2])
+    assert len(ledger.unexpected) == 1
+    ledger.booked(answer | {"reservation_id": "c"}, "another", 8, [2])
+    assert len(ledger.unexpected) == 2
+
+
 def test_at_least_once_may_double_and_not_lose() -> None:
     places = agreeing()
     again = replace(places, records=[*places.records, places.records[1]])
@@ -204,6 +241,13 @@ def test_of_a_compacted_topic_only_a_keys_newest_record_must_be_there() -> None:
     older = newest._replace(value=b"1")
     (found,) = audit(replace(both, records=[*places.records, older]))
     assert found.kind == "lost: committed and not in the topic"
+
+
+def test_a_record_without_its_headers_is_another_one() -> None:
+    places = agreeing()
+    row = places.outbox[0]._replace(headers=(("content-type", b"json"),))
+    kinds = {found.kind for found in audit(replace(places, outbox=[row, *places.outbox[1:]]))}
+    assert "lost: committed and not in the topic" in kinds
 
 
 def test_rows_that_chaos_wrote_itself_must_be_published_too() -> None:
