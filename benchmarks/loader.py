@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 import psycopg
 
@@ -18,7 +17,7 @@ from benchmarks import events, jdbc_sink, latency, load, quix, topic
 from benchmarks.goals import TIMES, Goal
 from benchmarks.processes import cost, peak_memory_mib
 from benchmarks.results import Figure, Results, find
-from benchmarks.surroundings import POSTMASTER, Surroundings, check_alive
+from benchmarks.surroundings import Surroundings, check_alive, postmaster
 from devstack.processes import Process, succeed
 
 TOPIC = "bench-loader"
@@ -196,7 +195,8 @@ def watch_processes(
         rows: how much there is.
         check: called now and then; raises when it goes wrong.
     """
-    groups = {"postgres": _postmaster(around), "kafka": around.server_pids()["kafka"]}
+    groups = around.server_pids()
+    groups["postgres"] = postmaster(around.stack.analytics.admin_url)
     groups |= {f"worker {n}": process.pid for n, process in enumerate(running)}
     with analytics(around) as connection:
         readings = _readings(connection, loaded, rows, [check, *map(check_alive, running)])
@@ -316,13 +316,6 @@ def analytics(around: Surroundings) -> psycopg.Connection:
     return psycopg.connect(
         around.stack.environment["ANALYTICS_OWNER_DATABASE_URL"], autocommit=True
     )
-
-
-def _postmaster(around: Surroundings) -> int:
-    with psycopg.connect(around.stack.analytics.admin_url) as connection:
-        found = connection.execute(POSTMASTER).fetchone()
-    pid = Path(str(found[0] if found else "")) / "postmaster.pid"
-    return int(pid.read_text(encoding="ascii").split()[0])
 
 
 def _rates(rows: int, seconds: float) -> Figure:

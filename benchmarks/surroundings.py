@@ -61,13 +61,9 @@ class Surroundings:
 
     def server_pids(self) -> dict[str, int]:
         """Return the processes of the servers."""
-        with psycopg.connect(self.admin_url) as connection:
-            found = connection.execute(POSTMASTER).fetchone()
-        folder = Path(str(found[0] if found else ""))
-        postmaster = int((folder / "postmaster.pid").read_text(encoding="ascii").split()[0])
         broker = self.kafka.brokers[0].process
         assert isinstance(broker, Process)  # noqa: S101 - checked at the start
-        return {"postgres": postmaster, "kafka": broker.pid}
+        return {"postgres": postmaster(self.admin_url), "kafka": broker.pid}
 
     def arrivals(self, topic: str) -> Arrivals:
         """Look at a topic from its present end on."""
@@ -183,6 +179,14 @@ def check_alive(process: Process) -> Callable[[], None]:
             )
 
     return check
+
+
+def postmaster(url: str) -> int:
+    """Return the process of a Postgres server, which all of its others are children of."""
+    with psycopg.connect(url) as connection:
+        found = connection.execute(POSTMASTER).fetchone()
+    pid = Path(str(found[0] if found else "")) / "postmaster.pid"
+    return int(pid.read_text(encoding="ascii").split()[0])
 
 
 def machine(stack: Stack) -> dict[str, object]:

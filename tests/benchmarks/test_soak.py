@@ -14,6 +14,7 @@ FLAT: dict[str, Any] = {
     "p99_ms": 20.0,
     "relay MiB": 60.0,
     "relay files": 20,
+    "kafka files": 100,
     "outbox bytes": 1500.0,
 }
 
@@ -33,7 +34,7 @@ def test_an_hour_without_a_change_is_flat() -> None:
         {"failed": 1},
         {"behind": 1_501},
         {"p99_ms": 36.0},
-        {"relay MiB": 75.0},
+        {"relay MiB": 67.5},
         {"relay files": 29},
         {"outbox bytes": 1_660.0},
     ],
@@ -41,6 +42,10 @@ def test_an_hour_without_a_change_is_flat() -> None:
 )
 def test_what_grows_is_named(last: dict[str, Any]) -> None:
     assert len(problems(hour(last), 300)) == 1
+
+
+def test_what_servers_keep_open_grows_with_what_they_keep() -> None:
+    assert problems(hour({"kafka files": 140}), 300) == []
 
 
 def test_a_rate_that_was_not_reached_proves_nothing() -> None:
