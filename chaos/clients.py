@@ -9,8 +9,9 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from http import HTTPStatus
 from typing import Any
 from uuid import UUID
 
@@ -92,8 +93,11 @@ class Clients:
     def stop(self) -> None:
         """Let each client finish what it is about."""
         self._stop.set()
+        until_s = time.monotonic() + JOIN_TIMEOUT_S
         for thread in self._threads:
-            thread.join(JOIN_TIMEOUT_S)
+            thread.join(max(0.0, until_s - time.monotonic()))
+            if thread.is_alive():
+                self._ledger.surprised(f"{thread.name} has no answer after {JOIN_TIMEOUT_S:g} s")
 
     def _live(self, number: int) -> None:
         chance = random.Random(f"client {self._seed} {number}")  # noqa: S311 - no secret
@@ -146,6 +150,8 @@ class _Client:
         self._customer_id = customer_id
         self._token = token
         self._chance = chance
+        # Of its own: how often an answer is missing must not change what is wanted later.
+        self._pauses = random.Random(customer_id)  # noqa: S311 - no secret
         self._at = 0
 
     def behave(self, steps: Sequence[str], performance_id: int, seats: Sequence[int]) -> None:
@@ -192,20 +198,28 @@ class _Client:
         until_s, pause_s = time.monotonic() + PATIENCE_S, FIRST_PAUSE_S
         while time.monotonic() < until_s:
             service, base_url = self._services[self._at % len(self._services)]
-            try:
+            with suppress(httpx.TransportError):
                 answer = self._http.post(base_url + path, json=body, headers=headers)
-                found = answer.json()
-            except (httpx.TransportError, ValueError):
-                pass
-            else:
-                if not _asks_for_patience(answer.status_code, found):
+                found = _json_of(answer)
+                if answer.status_code == HTTPStatus.INTERNAL_SERVER_ERROR:
+                    self._ledger.surprised(f"{path}: {answer.status_code} {answer.text}")
+                elif found and not _asks_for_patience(answer.status_code, found):
                     self._ledger.answered(service, answer.status_code)
                     return answer.status_code, found
             self._ledger.retried()
             self._at += 1
-            time.sleep(pause_s * self._chance.uniform(0.5, 1.0))
+            time.sleep(pause_s * self._pauses.uniform(0.5, 1.0))
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         raise TimeoutError(f"no answer to {path} in {PATIENCE_S:g} s")
+
+
+def _json_of(answer: httpx.Response) -> dict[str, Any]:
+    """Return what an answer says; nothing where it broke off, or somebody else gave it."""
+    try:
+        found: dict[str, Any] = answer.json()
+    except ValueError:
+        return {}
+    return found
 
 
 def _asks_for_patience(status: int, answer: Mapping[str, Any]) -> bool:
