@@ -705,7 +705,7 @@ def _failover(figures: Sequence[Figure]) -> Sheet:
     title = "Three brokers, two relays" + (
         f"; a silent broker is missed after {told['session_s']:g} s" if told else ""
     )
-    sums = ("events", "lost", "doubled", "reordered")
+    sums = ("events", "lost", "doubled")
     return _rounds(figures, "promise failover", title, columns, sums)
 
 
