@@ -61,8 +61,8 @@ class Weights:
 
     @property
     def broker_us(self) -> float:
-        """In all brokers: each replica is taken to cost what the only one did."""
-        return REPLICAS * self.produced_us + self.fetched_us
+        """In all brokers: a replica costs what the only one did, and is fetched as by a worker."""
+        return REPLICAS * (self.produced_us + self.fetched_us)
 
     @property
     def broker_network_bytes(self) -> float:

@@ -104,7 +104,11 @@ class Crowd:
         for open_socket in self._idle:
             open_socket.close()
         self._idle.clear()
-        self._waiting.clear()
+        while self._waiting:  # who never got a line has no answer either
+            wanted_at, client = self._waiting.popleft()
+            if next(client, None) is not None:
+                _tell(client, Answer(NO_ANSWER, time.monotonic() - wanted_at, b"", b""))
+            client.close()
         self._poll.close()
 
     def _admit(self, wanted_at: float, client: Client) -> None:

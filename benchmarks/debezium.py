@@ -53,6 +53,9 @@ CONNECTOR = {
     "value.converter": "org.apache.kafka.connect.storage.StringConverter",
     "header.converter": "org.apache.kafka.connect.storage.StringConverter",
     "producer.override.acks": "all",
+    # As everybody's here; Connect alone would have one request under way, and repeat it blindly.
+    "producer.override.enable.idempotence": "true",
+    "producer.override.max.in.flight.requests.per.connection": "5",
     "producer.override.compression.type": "lz4",
     "transforms": "outbox",
     "transforms.outbox.type": "io.debezium.transforms.outbox.EventRouter",

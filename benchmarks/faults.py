@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import psycopg
 from confluent_kafka import Message
@@ -31,6 +32,7 @@ from benchmarks.processes import tree_cpu_s
 from benchmarks.results import WRONG, Figure, Results
 from benchmarks.shop import own_outbox
 from benchmarks.surroundings import DELIVERIES, Surroundings, relay_environment, relay_name
+from chaos.relay import leader_pid
 from chaos.supervisor import Part, Supervisor
 from devstack.processes import Process, wait_until
 from tests.outbox_relay.writers import compare
@@ -53,7 +55,11 @@ QUIET_S = 3.0
 # An event that was under way when a fault struck.
 UNDER_WAY_S = 1.0
 DEBEZIUM_ONCE = "debezium, exactly once"
-PROMISED = {"exactly_once": WRONG, "at_least_once": ("lost", "reordered")}
+# `invented`: what a crash took back, and Kafka has.
+PROMISED = {
+    "exactly_once": (*WRONG, "invented"),
+    "at_least_once": ("lost", "reordered", "invented"),
+}
 
 KEYS_TABLE = """
 DROP TABLE IF EXISTS bench_fault_keys;
@@ -314,6 +320,7 @@ class Publisher:
     table: str
     parts: Sequence[Part]
     mend: Callable[[], int] = int
+    leading: Callable[[Sequence[Part]], Part] = busiest
 
 
 Runs = Callable[[], AbstractContextManager[Publisher]]
@@ -335,11 +342,20 @@ def measure(around: Surroundings, results: Results, seconds: int, *, peers: bool
             results.attempt(labels, lambda r=runs: _audit(around, r, seconds))  # type: ignore[misc]
 
 
+def order(around: Surroundings, seconds: int) -> Figure:
+    """Return what becomes of the order of keys with many events, in overlapping transactions."""
+    found = _audit(around, lambda: _relays(around, "exactly_once"), seconds)
+    wrongs = {name: found[name] for name in ("lost", "doubled", "reordered", "invented")}
+    records = found["events"] - found["lost"] + found["doubled"] + found["invented"]
+    return {"keys": len(KEYS), "records": records, **wrongs}
+
+
 def _audit(around: Surroundings, runs: Runs, seconds: int) -> Figure:
     with runs() as publisher:
         parts, broker = publisher.parts, around.kafka.brokers[0]
         consumer = Consumer(around, publisher.topic)
         writers = Writers(around.owner_url, publisher.table)
+        in_vain: list[bool] = []
         with (
             Supervisor(parts),
             mended(publisher.mend) as failed_tasks,
@@ -347,7 +363,7 @@ def _audit(around: Surroundings, runs: Runs, seconds: int) -> Figure:
         ):
 
             def kill(_: float) -> None:
-                busiest(parts).kill()
+                in_vain.append(not publisher.leading(parts).kill())
 
             def restart_kafka(lasts_s: float) -> None:
                 broker.kill()
@@ -363,7 +379,7 @@ def _audit(around: Surroundings, runs: Runs, seconds: int) -> Figure:
                 "Kafka killed": restart_kafka,
                 "killed with a backlog": kill,
                 "Postgres restarted": restart_postgres,
-                "publisher frozen": lambda lasts_s: freeze(busiest(parts), lasts_s),
+                "publisher frozen": lambda lasts_s: freeze(publisher.leading(parts), lasts_s),
             }
             began = time.monotonic()
             with writers.running():
@@ -382,6 +398,8 @@ def _audit(around: Surroundings, runs: Runs, seconds: int) -> Figure:
         "reordered": verdict.reordered,
         "invented": verdict.invented,
         "restarted": sum(part.ended_by_itself for part in parts) + failed_tasks[0],
+        # Strikes at somebody who had ended already.
+        "in_vain": sum(in_vain),
         "late_s": late_s,
         "latest_s": max(late_s.values()),
     }
@@ -393,7 +411,23 @@ def _relays(around: Surroundings, delivery: str) -> Iterator[Publisher]:
     environment = relay_environment(delivery)
     with _instances(around, relay_name(delivery), "outbox_relay", "run", env=environment) as parts:
         _await_sign(around, parts, '"leading"')
-        yield Publisher(events.TOPIC, "outbox", parts)
+        name = relay_name(delivery)
+        yield Publisher(events.TOPIC, "outbox", parts, leading=partial(_leader, around, name))
+
+
+def _leader(around: Surroundings, name: str, parts: Sequence[Part]) -> Part:
+    def leading() -> Part | None:
+        with (
+            suppress(psycopg.OperationalError),  # it is being restarted
+            psycopg.connect(around.owner_url, connect_timeout=CONNECT_TIMEOUT_S) as connection,
+        ):
+            pid = leader_pid(connection, name)
+            return next((part for part in parts if part.pid == pid), None)
+        return None
+
+    part = wait_until(leading, OVERCOME_S, f"one of the relays {name} to lead")
+    assert part  # noqa: S101 - waited for
+    return part
 
 
 @contextmanager

@@ -39,6 +39,8 @@ CONNECTOR = {
     "primary.key.mode": "record_key",
     "primary.key.fields": "reservation_id",
     "schema.evolution": "none",
+    # Else a restart of Postgres ends the tasks, and a person has to start them.
+    "connection.restart.on.errors": "true",
     "collection.name.format": "analytics.fct_reservations",
     "batch.size": str(BATCH_ROWS),
     # Without it and `key_of`, a batch with two events of one reservation ends the

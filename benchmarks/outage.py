@@ -114,6 +114,11 @@ class Scene:
             time.sleep(QUIET_S / 4)
         return len(missing)
 
+    def must_lack(self, booked: set[str], fault: str) -> None:
+        """Raise where events came through although a fault lasts: then it did not strike."""
+        if came := booked & self.loaded():
+            raise DevstackError(f"{fault}: {len(came)} events came through, it did not strike")
+
     @contextmanager
     def pipeline(self, bootstrap_servers: str) -> Iterator[None]:
         """Run relay and worker; all that is committed has arrived when the block begins."""
@@ -194,13 +199,17 @@ def _ours(scene: Scene, hall: Hall, state: str, seconds: int) -> Figure:
         scene.pipeline(scene.kafka.cluster.bootstrap_servers),
         shop(scene.around) as open_shop,
     ):
+        known = scene.loaded()
         _break_platform(scene.analytics, state)
         try:
             figure, booked = _loads(scene, open_shop, hall, seconds)
+            if state in {DOWN, HANGS}:
+                scene.must_lack(booked, f"platform {state}")
         finally:
             scene.analytics.open()
         missing = scene.await_loaded(booked)
-        return figure | {"lost": missing, "lost_events": missing, "invented_events": 0}
+        invented = len(scene.loaded() - known - scene.booked_at_all())
+        return figure | {"lost": missing, "lost_events": missing, "invented_events": invented}
 
 
 def _break_platform(proxy: Proxy, state: str) -> None:
@@ -304,6 +313,7 @@ def _with_fault(
         begin()
         try:
             found = scene.stretch(open_shop, hall, KAFKA_RATE, seconds)
+            scene.must_lack(found.booked, f"Kafka {fault}")
         finally:
             end()
         return found, scene.await_loaded(found.booked)

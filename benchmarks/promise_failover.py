@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import count, pairwise
 
+import psycopg
 from confluent_kafka import ElectionType
 from confluent_kafka.admin import AdminClient
 
@@ -24,6 +25,7 @@ from benchmarks.arrivals import MILLISECONDS, Arrivals, Reader, Verdict
 from benchmarks.promise_group import broker_setting_s
 from benchmarks.results import Figure, Results
 from benchmarks.surroundings import RELAY_START_TIMEOUT_S, RELAY_STOP_TIMEOUT_S, Surroundings, says
+from chaos.relay import leader_pid
 from devstack.kafka import KafkaCluster
 from devstack.parts import new_kafka
 from devstack.processes import Process, succeed, wait_until
@@ -85,7 +87,15 @@ class Scene:
 
     def lose_leader(self, how: signal.Signals) -> None:
         """Strike the relay that leads."""
-        self.relays.pop(0).send_signal(how)
+        leader = wait_until(self._leader, RELAY_START_TIMEOUT_S, "a relay to lead")
+        assert leader  # noqa: S101 - waited for
+        self.relays.remove(leader)
+        leader.send_signal(how)
+
+    def _leader(self) -> Process | None:
+        with psycopg.connect(self.around.owner_url) as connection:
+            pid = leader_pid(connection, NAME)
+        return next((process for process in self.relays if process.pid == pid), None)
 
     def mend(self) -> None:
         """Start what was struck, and wait until all is as before."""
@@ -99,8 +109,7 @@ class Scene:
         wait_until(
             lambda: len(self.led_partitions()) == BROKERS, IN_SYNC_TIMEOUT_S, "each broker to lead"
         )
-        leads = says(self.relays[0].log, '"leading"')
-        wait_until(leads, RELAY_START_TIMEOUT_S, "the other relay to lead")
+        wait_until(self._leader, RELAY_START_TIMEOUT_S, "a relay to lead")
         if len(self.relays) == 1:
             self.start_relay()
 

@@ -11,11 +11,12 @@ import time
 
 from confluent_kafka import IsolationLevel
 
-from benchmarks import events, promise_failover, promise_group, promise_pace
+from benchmarks import events, faults, promise_failover, promise_group, promise_pace
 from benchmarks.arrivals import Arrivals, Reader, Verdict
 from benchmarks.loader import start_analytics
 from benchmarks.promise_parts import (
     FIRST_TIMEOUT_S,
+    ORDER,
     SLOWEST_EVENTS_PER_S,
     await_loaded,
     begin_here,
@@ -39,6 +40,7 @@ KILLS, FEW_KILLS = 6, 3
 KILL_CHUNK_ROWS = 500
 KILL_AFTER_S = (0.05, 0.5)
 SETTLE_TIMEOUT_S = 60.0
+STRUCK, STRUCK_S = "transactions overlap; relay, Kafka and Postgres struck", 20
 PROMISED = (*WRONG, "invented")
 
 
@@ -62,6 +64,9 @@ def measure(around: Surroundings, results: Results, rows: int, rounds: int) -> N
         with own_outbox(around):
             promise_pace.measure(around, results, few=few)
             promise_group.measure(around, results, rounds)
+        labels = {"section": ORDER, "contender": STRUCK, "promised": PROMISED}
+        with own_outbox(around), around.steps.step(STRUCK):
+            results.attempt(labels, lambda: faults.order(around, STRUCK_S * rounds))
         with own_outbox(around):
             promise_failover.measure(around, results, rounds)
     finally:

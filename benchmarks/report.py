@@ -396,7 +396,9 @@ def _soak(figures: Sequence[Figure]) -> Sheet:
     booked = sum(figure["booked"] for figure in slices)
     minutes = slices[-1]["at_s"] / 60 if slices else 0
     medians = soak.quarters(slices) if len(slices) >= soak.LEAST_SLICES else {}
-    title = f"Soak: {booked:,} bookings in {minutes:.0f} minutes; medians of a minute"
+    told = find(figures, section="soak verdict")
+    verdict = "; ".join(told["problems"]) or "flat" if told else "not judged"
+    title = f"Soak: {booked:,} bookings in {minutes:.0f} minutes; medians of a minute: {verdict}"
     rows = [(what, f"{warm:,.1f}", f"{last:,.1f}") for what, (warm, last) in medians.items()]
     return Sheet(title, ("what", "second quarter", "last quarter"), rows)
 
@@ -410,6 +412,7 @@ def _faults(figures: Sequence[Figure]) -> Sheet:
         "lost": _number("lost"),
         "doubled": _number("doubled"),
         "reordered": _number("reordered"),
+        "invented": _number("invented"),
         "restarted": _number("restarted"),
         **{fault.name: late(fault.name) for fault in faults.SCRIPT},
     }

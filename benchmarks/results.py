@@ -94,6 +94,9 @@ def combined(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Each section is of one run, whole, and `origins` tells of which.
     """
+    machines = [run["machine"] for run in runs if "machine" in run]
+    if any(found != machines[0] for found in machines):
+        raise ValueError("these runs are of different machines or versions: one page tells of one")
     sections: dict[str, list[Figure]] = {}
     origins: dict[str, Mapping[str, str]] = {}
     for run in runs:

@@ -45,7 +45,11 @@ FILES_MORE = 8
 # They keep open what they keep: a log's segments have four files each, a table one for each GB.
 SERVERS = ("postgres", "analytics", "kafka")
 P99_TIMES, P99_MORE_MS = 1.5, 5.0
+P50_TIMES, P50_MORE_MS = 1.25, 1.0
 BYTES_TIMES = 1.10
+# Of tables that are updated and never get longer: what grows is bloat.
+UPDATED = ["outbox_relay_cursor", "load_offsets"]
+UPDATED_TIMES, UPDATED_MORE_KB = 1.05, 1_024.0
 BEHIND_S = 5.0
 
 RESERVATION_BYTES = """
@@ -58,6 +62,7 @@ SELECT relname, pg_total_relation_size(oid) FROM pg_class
 WHERE relnamespace = 'analytics'::regnamespace AND relkind = 'r'
     AND relname IN ('fct_reservation_events', 'fct_reservations', 'fct_reservation_seats')
 """
+UPDATED_BYTES = "SELECT relname, pg_total_relation_size(oid) FROM pg_class WHERE relname = ANY (%s)"
 BOOKED = "SELECT count(*) FROM reservations"
 LOADED = "SELECT count(*) FROM analytics.fct_reservation_events"
 
@@ -103,8 +108,11 @@ class Product:
         with psycopg.connect(self.reservations_url) as ours:
             sizes: dict[str, int] = dict(ours.execute(RESERVATION_BYTES).fetchall())
             rows = max(1, _count(ours, BOOKED))
+            updated: dict[str, int] = dict(ours.execute(UPDATED_BYTES, [UPDATED]).fetchall())
         with psycopg.connect(self.analytics_url) as theirs:
             sizes |= dict(theirs.execute(ANALYTICS_BYTES).fetchall())
+            updated |= dict(theirs.execute(UPDATED_BYTES, [UPDATED]).fetchall())
+        found |= {f"{name} kB": round(size / 1_000, 1) for name, size in updated.items()}
         return found | {f"{name} bytes": round(size / rows, 1) for name, size in sizes.items()}
 
 
@@ -193,7 +201,8 @@ def _slices(product: Product, duration_s: int, rate: int) -> Iterator[dict[str, 
         yield {
             "at_s": round(time.monotonic() - began_s),
             "booked": booked,
-            "per_s": round(booked / seconds, 1),
+            # By how long it took: who is slower takes longer, and books them all in the end.
+            "per_s": round(booked / max(seconds, found["seconds"]), 1),
             "failed": sum(answers.values()) - booked,
             "p50_ms": found["p50_ms"],
             "p99_ms": found["p99_ms"],
@@ -221,6 +230,8 @@ def problems(slices: Sequence[Mapping[str, Any]], rate: int) -> list[str]:
         " MiB": lambda value: value * MEMORY_TIMES + MEMORY_MORE_MIB,
         " files": lambda value: value + FILES_MORE,
         " bytes": lambda value: value * BYTES_TIMES,
+        " kB": lambda value: value * UPDATED_TIMES + UPDATED_MORE_KB,
+        "p50_ms": lambda value: value * P50_TIMES + P50_MORE_MS,
         "p99_ms": lambda value: value * P99_TIMES + P99_MORE_MS,
     }
     found = []
@@ -230,7 +241,8 @@ def problems(slices: Sequence[Mapping[str, Any]], rate: int) -> list[str]:
                 continue
             if name.endswith(ending) and after > bound(before):
                 found.append(f"{name} grew from {before:g} to {after:g}")
-    reached = median(part["per_s"] for part in slices)
+    # In every slice but the last, which may be short: half of them would do for a median.
+    reached = min(part["per_s"] for part in slices[:-1])
     if reached < rate * LEAST_RATE_SHARE:
         found.append(f"only {reached:g} bookings a second of {rate}")
     failed = sum(part["failed"] for part in slices)

@@ -209,10 +209,15 @@ def run(
     )
 
 
-def leader_pid(connection: psycopg.Connection[Any]) -> int | None:
-    """The process that was the last to begin to lead; it may have ended since."""
+def leader_pid(connection: psycopg.Connection[Any], name: str | None = None) -> int | None:
+    """The process of the relays `name` (of any) that was the last to begin to lead.
+
+    It may have ended since. (Its log tells only that it led once, its CPU hardly anything.)
+    """
     found = connection.execute(
-        "SELECT leader FROM outbox_relay_cursor ORDER BY leader_epoch DESC LIMIT 1"
+        "SELECT leader FROM outbox_relay_cursor WHERE relay_name = coalesce(%s, relay_name)"
+        " ORDER BY leader_epoch DESC LIMIT 1",
+        [name],
     ).fetchone()
     return int(str(found[0]).rpartition(":")[2]) if found else None
 
