@@ -39,7 +39,7 @@ from benchmarks.results import Results
 from benchmarks.surroundings import Surroundings, machine, surroundings
 from devstack.__main__ import INTERRUPTED, ending_well
 from devstack.processes import DevstackError
-from devstack.state import commit
+from devstack.state import origin
 from devstack.steps import Steps
 
 RESULTS = Path(__file__).with_name("results")
@@ -199,9 +199,8 @@ def _faults(around: Surroundings, results: Results, seconds: int, *, peers: bool
 def _settings(size: str, *, peers: bool) -> dict[str, object]:
     """Return how everything was set that isn't the relay's default."""
     found: dict[str, object] = {
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        **origin(),
         "size": size,
-        "commit": commit(),
         **asdict(SIZES[size]),
         "raw_producer": contenders.PRODUCER,
         "raw_read_rows": contenders.READ_ROWS,

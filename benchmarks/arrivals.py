@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
 from confluent_kafka import Consumer, IsolationLevel, KafkaError, Message, TopicPartition
-from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]  # without a word
+from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]  # re-exported without a word
 
 from outbox_relay.producer import make_admin
 

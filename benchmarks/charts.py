@@ -42,6 +42,7 @@ SOAK_CHARTS = {
     "soak-latency": ("Latency of a booking, ms, by minute", "_ms"),
 }
 PROMISE_LINES = ("booked", "loaded")
+POWERS_OF_TEN = [10**power for power in range(6)]
 WIDTH, HEIGHT = 720, 340
 
 
@@ -66,8 +67,8 @@ def drawn(results: Results) -> dict[str, pygal.Graph]:
         "growth": _growth(figures),
         "distance": _distance(figures),
         "outage-wrong": _outage(figures, WRONG_TITLE, _wrong_percent),
-        "outage-p99": _logarithmic(
-            _outage(figures, P99_TITLE, lambda figure: float(figure["p99_ms"]))
+        "outage-p99": _outage(
+            figures, P99_TITLE, lambda figure: float(figure["p99_ms"]), logarithmic=True
         ),
         "promise-buffering": _promise_buffering(figures),
         "promise-batching": _promise_batching(figures),
@@ -172,28 +173,26 @@ def _growth(figures: Sequence[Figure]) -> pygal.Graph | None:
 
 
 def _outage(
-    figures: Sequence[Figure], title: str, value: Callable[[Figure], float]
+    figures: Sequence[Figure],
+    title: str,
+    value: Callable[[Figure], float],
+    *,
+    logarithmic: bool = False,
 ) -> pygal.Graph | None:
     """What an outage of the data platform does to bookings, ours beside the old ways."""
     measured = [figure for figure in figures if figure["section"] == "ways"]
     names = [name for name in WAYS if find(measured, contender=name)]
     if not names:
         return None
-    chart = _chart(pygal.Bar, names, title)
+    # One is thousands of times another: a scale of powers of ten, from 1 up.
+    powers = {"logarithmic": True, "y_labels": POWERS_OF_TEN, "range_min": 1, "zero": 1}
+    scale = powers if logarithmic else {}
+    chart = _chart(pygal.Bar, names, title, **scale)
     chart.x_labels = list(outage.STATES)
     for name in names:
         found = [find(measured, contender=name, platform=state) for state in outage.STATES]
         chart.add(WAYS[name], [round(value(f), 1) if f else None for f in found])
     chart.value_formatter = lambda number: f"{number:,.0f}"
-    return chart
-
-
-def _logarithmic(chart: pygal.Graph | None) -> pygal.Graph | None:
-    """Show what differs by thousands on one scale."""
-    if chart is not None:
-        chart.config.logarithmic = True
-        chart.config.range = None
-        chart.config.range_min = None
     return chart
 
 
@@ -314,20 +313,23 @@ def _label(name: str) -> str:
     )
 
 
-def _chart(kind: type[pygal.Graph], names: Sequence[str], title: str) -> pygal.Graph:
+def _chart(
+    kind: type[pygal.Graph], names: Sequence[str], title: str, **more: object
+) -> pygal.Graph:
     style = _style([COLORS[name] for name in names])
-    return kind(
-        title=title,
-        style=style,
-        width=WIDTH,
-        height=HEIGHT,
-        js=[],
-        print_values=True,
-        print_values_position="top",
-        range_min=0,
-        include_x_axis=True,
-        legend_at_bottom=True,
-    )
+    options: dict[str, object] = {
+        "title": title,
+        "style": style,
+        "width": WIDTH,
+        "height": HEIGHT,
+        "js": [],
+        "print_values": True,
+        "print_values_position": "top",
+        "range_min": 0,
+        "include_x_axis": True,
+        "legend_at_bottom": True,
+    }
+    return kind(**options | more)
 
 
 def _style(colors: Sequence[str]) -> Style:

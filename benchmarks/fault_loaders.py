@@ -127,7 +127,7 @@ class Watch:
 
     def run(self, ended: threading.Event) -> None:
         """Look until `ended`."""
-        versions, changed = 0, time.monotonic()
+        versions, since = 0, time.monotonic()
         while not ended.wait(LOOK_EVERY_S):
             try:
                 with psycopg.connect(self._url, connect_timeout=CONNECT_TIMEOUT_S) as connection:
@@ -137,9 +137,8 @@ class Watch:
             assert found  # noqa: S101 - an aggregate
             now = time.monotonic()
             if found[0] != versions:
-                self.standstill_s = max(self.standstill_s, now - changed)
-                versions, changed = found[0], now
-                self.moved_at = now
+                self.standstill_s = max(self.standstill_s, now - max(since, self.moved_at))
+                versions, self.moved_at = found[0], now
             if found[1] == len(self._marks):
                 self.complete.set()
 

@@ -18,7 +18,6 @@ from itertools import count, pairwise
 
 import psycopg
 from confluent_kafka import ElectionType
-from confluent_kafka.admin import AdminClient
 
 from benchmarks import events, latency, load
 from benchmarks.arrivals import MILLISECONDS, Arrivals, Reader, Verdict
@@ -114,7 +113,7 @@ class Scene:
             self.start_relay()
 
     def _in_sync(self) -> bool:
-        admin = AdminClient({"bootstrap.servers": self.kafka.bootstrap_servers, "log_level": 0})
+        admin = make_admin({"bootstrap.servers": self.kafka.bootstrap_servers})
         topics = admin.list_topics(timeout=COMMAND_TIMEOUT_S).topics.values()
         return all(
             len(part.isrs) == len(part.replicas)
@@ -124,7 +123,7 @@ class Scene:
 
     def led_partitions(self) -> dict[int, set[int]]:
         """Return which partitions of the events' topic each broker leads, by its node id."""
-        admin = AdminClient({"bootstrap.servers": self.kafka.bootstrap_servers, "log_level": 0})
+        admin = make_admin({"bootstrap.servers": self.kafka.bootstrap_servers})
         topic = admin.list_topics(events.TOPIC, timeout=COMMAND_TIMEOUT_S).topics[events.TOPIC]
         led: dict[int, set[int]] = {}
         for number, part in topic.partitions.items():

@@ -39,6 +39,7 @@ from benchmarks.results import Figure, Results
 from benchmarks.surroundings import Surroundings, check_alive
 from devstack.kafka import KafkaCluster
 from devstack.processes import Process, wait_until
+from outbox_relay.producer import make_admin
 
 WORKERS, GOES = "promise workers", "promise worker goes"
 TRIP_MS = 20
@@ -125,7 +126,7 @@ def cpu_us(figure: Figure) -> float:
 
 def await_shares(around: Surroundings, group: str, name: str, members: int) -> list[int]:
     """Wait until so many members have the topic's partitions; return how many each has."""
-    admin = AdminClient({"bootstrap.servers": around.bootstrap_servers, "log_level": 0})
+    admin = make_admin({"bootstrap.servers": around.bootstrap_servers})
 
     def shares() -> list[int]:
         try:
@@ -218,7 +219,7 @@ def _properties(around: Surroundings, name: str, line: str) -> dict[str, str]:
 
 
 def _largest_share(around: Surroundings, group: str) -> tuple[str, set[int]]:
-    admin = AdminClient({"bootstrap.servers": around.bootstrap_servers, "log_level": 0})
+    admin = make_admin({"bootstrap.servers": around.bootstrap_servers})
     owned = members_of(admin, group, events.TOPIC)
     name = max(owned, key=lambda member: len(owned[member]))
     return name.partition(" ")[0], owned[name]
@@ -245,7 +246,7 @@ def _await_seen(around: Surroundings, committed: Mapping[bytes, float]) -> Seen:
 
 def broker_setting_s(kafka: KafkaCluster, name: str) -> float:
     """Return a setting in milliseconds as seconds, as the first broker has it."""
-    admin = AdminClient({"bootstrap.servers": kafka.bootstrap_servers, "log_level": 0})
+    admin = make_admin({"bootstrap.servers": kafka.bootstrap_servers})
     broker = ConfigResource(ConfigResource.Type.BROKER, str(kafka.brokers[0].node_id))
     found = admin.describe_configs([broker])[broker].result(GROUP_TIMEOUT_S)
     return int(found[name].value) / 1_000

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 import psycopg
 from confluent_kafka import TopicCollection
-from confluent_kafka.admin import AdminClient
 
 from benchmarks import events, fault_loaders
 from benchmarks.arrivals import Arrivals, Verdict
@@ -24,6 +23,7 @@ from benchmarks.surroundings import (
 )
 from devstack.processes import Process
 from devstack.proxy import Proxy
+from outbox_relay.producer import make_admin
 
 ORDER = "promise order"
 FIRST_TIMEOUT_S = 60.0
@@ -75,7 +75,7 @@ def begin_here(around: Surroundings) -> Arrivals:
     """Empty the analysts' tables; all that is in the topic now counts as loaded."""
     empty(around)
     arrivals = around.arrivals(events.TOPIC)
-    admin = AdminClient({"bootstrap.servers": around.bootstrap_servers, "log_level": 0})
+    admin = make_admin({"bootstrap.servers": around.bootstrap_servers})
     described = admin.describe_topics(TopicCollection([events.TOPIC]))[events.TOPIC]
     topic_id = str(described.result(FIRST_TIMEOUT_S).topic_id)
     with analytics(around) as connection:

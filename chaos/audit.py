@@ -68,14 +68,18 @@ class _Truth:
         self.places = places
 
     @cached_property
-    def events(self) -> dict[str, dict[str, Any]]:
-        """The service's reservation events by id, in the order of the outbox."""
-        return {
-            event["id"]: event
+    def written(self) -> list[dict[str, Any]]:
+        """The service's reservation events, in the order of the outbox, repeated ones again."""
+        return [
+            json.loads(row.value)
             for row in self.places.outbox
             if row.topic == RESERVATION_TOPIC and not row.mark
-            for event in [json.loads(row.value)]
-        }
+        ]
+
+    @cached_property
+    def events(self) -> dict[str, dict[str, Any]]:
+        """They by their ids."""
+        return {event["id"]: event for event in self.written}
 
     @cached_property
     def latest(self) -> dict[str, dict[str, Any]]:
@@ -101,7 +105,7 @@ def _clients(truth: _Truth) -> Findings:
                 one.status != told[name].final_status
                 or one.order != told[name].order
                 # Of a hold an extension may be, and its end is, untold; of all else nothing is.
-                or not told[name].version <= one.version
+                or one.version < told[name].version
                 or (one.version > told[name].version and one.status != "expired")
             )
         ],
@@ -151,12 +155,7 @@ def _outbox(truth: _Truth) -> Findings:
     }
     yield "a change without its event in the outbox", sorted(wanted - truth.events.keys())
     yield "an event in the outbox without its change", sorted(truth.events.keys() - wanted)
-    ids = [
-        (event["subject"], event["data"]["version"])
-        for row in truth.places.outbox
-        if row.topic == RESERVATION_TOPIC and not row.mark
-        for event in [json.loads(row.value)]
-    ]
+    ids = [(event["subject"], event["data"]["version"]) for event in truth.written]
     yield "doubled in the outbox", [one for one, count in Counter(ids).items() if count > 1]
     last: dict[str, int] = {}
     backwards = []

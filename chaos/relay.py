@@ -13,11 +13,11 @@ from typing import Any, Self
 
 import psycopg
 from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient
 
 from chaos.faults import Fault, Faults
 from devstack.kafka import KafkaCluster
 from devstack.processes import Process, wait_until
+from outbox_relay.producer import make_admin
 from tests.outbox_relay.records import read_topic
 from tests.outbox_relay.scenes import ExactlyOnceOutbox
 from tests.outbox_relay.writers import Verdict, Writers, judge
@@ -127,7 +127,7 @@ class Brokers:
     def __init__(self, cluster: KafkaCluster) -> None:
         self._cluster = cluster
         # A collected one would drop its futures; one that lives needs no new connections.
-        self._admin = AdminClient({"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0})
+        self._admin = make_admin({"bootstrap.servers": cluster.bootstrap_servers})
 
     def kill_one(self, chance: random.Random) -> tuple[float, Callable[[], None]] | None:
         """SIGKILL, when all replicas are in sync; it is started again a little later."""

@@ -4,7 +4,6 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pygal
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chaos.whole import Outcome, Struck
-from devstack.state import commit
+from devstack.state import origin
 
 FILE_WIDTH = 160
 WIDTH, HEIGHT, LINE_HEIGHT = 1000, 380, 17
@@ -78,8 +77,7 @@ def write(outcome: Outcome, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(
         {
-            "date": f"{datetime.now(UTC):%Y-%m-%d}",
-            "commit": commit(),
+            **origin(),
             **asdict(outcome),
             "curves": {name: _thinned(curve) for name, curve in outcome.curves.items()},
             "good": outcome.good,

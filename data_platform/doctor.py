@@ -26,7 +26,7 @@ from data_platform import sql, sql_doctor
 from data_platform.config import Settings
 from data_platform.errors import KafkaTroubleError
 from data_platform.loader import APPLICATION_NAME, CONNECT_TIMEOUT_S, TRANSACTION_LIMIT_S
-from data_platform.topics import StoredOffset, Topics
+from data_platform.topics import StoredOffset, Topics, make_admin
 
 PART_TIMEOUT_S = 5.0
 KAFKA_REQUEST_TIMEOUT_S = 3.0
@@ -366,7 +366,7 @@ def _specs(settings: Settings) -> list[TopicSpec]:
 def _examine_kafka(settings: Settings, client: Mapping[str, Any]) -> Iterator[Finding]:
     """Examine the brokers and every topic that workers read."""
     try:
-        admin = AdminClient(dict(client))
+        admin = make_admin(client)
         cluster = admin.list_topics(timeout=KAFKA_REQUEST_TIMEOUT_S)
     except KafkaException as error:
         found = f"no answer from {settings.kafka_bootstrap_servers}: {error.args[0].str()}"
@@ -530,7 +530,7 @@ class _Lag:
 
 
 def _workers(client: Mapping[str, Any], group: str) -> int:
-    admin = AdminClient(dict(client))
+    admin = make_admin(client)
     described = admin.describe_consumer_groups([group], request_timeout=KAFKA_REQUEST_TIMEOUT_S)
     try:
         return len(described[group].result(2 * KAFKA_REQUEST_TIMEOUT_S).members)

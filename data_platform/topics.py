@@ -75,6 +75,14 @@ class Topic:
         return None
 
 
+def make_admin(client: Mapping[str, Any]) -> AdminClient:
+    """Return a new admin client with these librdkafka properties.
+
+    Keep it as long as its futures: a collected one drops them.
+    """
+    return AdminClient({**ADMIN_PROPERTIES, **client})
+
+
 class Topics:
     """Asks Kafka about topics, over connections of its own: no fetch that waits is in the way.
 
@@ -83,8 +91,7 @@ class Topics:
     """
 
     def __init__(self, client: Mapping[str, Any]) -> None:
-        # Referenced as long as we live: a collected AdminClient drops its futures.
-        self._admin = AdminClient({**ADMIN_PROPERTIES, **client})
+        self._admin = make_admin(client)
 
     def describe(self, topic: str) -> "Future[Any]":
         """Begin to ask what the topic is; `topic_id_in` takes the answer."""

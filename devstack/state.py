@@ -14,6 +14,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from secrets import SystemRandom
 from typing import Self
@@ -46,8 +47,13 @@ def home() -> Path:
     return folder
 
 
+def origin() -> dict[str, str]:
+    """Return the day (`date`, UTC) and our `commit`, for what is published of a run."""
+    return {"date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit()}
+
+
 def commit() -> str:
-    """Which commit of ours this is, `-dirty` where files were changed, for what is published."""
+    """Which commit of ours this is, `-dirty` where files were changed."""
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         answer = subprocess.run(
