@@ -81,6 +81,10 @@ EARLIEST = OffsetSpec.earliest()  # type: ignore[no-untyped-call]
 LATEST = OffsetSpec.latest()  # type: ignore[no-untyped-call]
 
 
+class HeldBackError(PublishError):
+    """What is committed can't be read up to where it should be."""
+
+
 @dataclass(slots=True)
 class _Transaction:
     """An open transaction: what was sent in it so far, and the cursor that it will commit."""
@@ -334,7 +338,7 @@ class ExactlyOnce:
             # Before anything is fenced: a copy of the database must not disturb the original.
             checked(records.read())
             self._producer = self._fencing_producer(admin, transactional_id(channel, server))
-            in_kafka = records.read(up_to=self._barrier())
+            in_kafka = self._decided_cursor(records, self._barrier())
             cursor = checked(newest(stored, in_kafka, channel.topic))
             self._refuse_for_good(
                 lambda: _refuse_lost_events(admin, channel.topic, cursor, topic_id)
@@ -351,6 +355,60 @@ class ExactlyOnce:
             cursor = cursor.next_generation()
             self._store.save(cursor, DELIVERY, durably=True)
         return replace(cursor, topic_id=topic_id, kafka_cluster_id=kafka_cluster_id)
+
+    def _decided_cursor(self, records: "CursorRecords", barrier: int) -> Cursor | None:
+        """Return the last committed cursor, now that no transaction of ours is open.
+
+        Where one still holds it back, Kafka has lost it: a coordinator that takes over while a
+        partition has no leader (all brokers died at once) declares the transaction complete and
+        leaves out that partition (seen in 4.3.0). Its records then hold back every reader for ever.
+        """
+        try:
+            return records.read(up_to=barrier)
+        except HeldBackError as error:
+            hanging = self._held_back()
+            if not any(place.topic == self._channel.settings.cursor_topic for place in hanging):
+                raise
+            self._abort_hanging(hanging)
+            raise PublishError(
+                "Kafka had lost a transaction and left it open; it is aborted, its events follow"
+            ) from error
+
+    def _held_back(self) -> list[TopicPartition]:
+        """Return the partitions in which an open transaction hides what is behind it."""
+        assert self._admin is not None, "the session is open"  # noqa: S101
+        cursor_topic = self._channel.settings.cursor_topic
+        places = [TopicPartition(self._channel.topic, number) for number in self._partitions]
+        places.append(TopicPartition(cursor_topic, 0))
+        committed, written = (
+            self._admin.list_offsets(
+                dict.fromkeys(places, LATEST),
+                isolation_level=isolation,
+                request_timeout=REQUEST_TIMEOUT_S,
+            )
+            for isolation in (IsolationLevel.READ_COMMITTED, IsolationLevel.READ_UNCOMMITTED)
+        )
+        return [
+            place
+            for place in places
+            if offset_in(committed[place], place.topic) < offset_in(written[place], place.topic)
+        ]
+
+    def _abort_hanging(self, places: Sequence[TopicPartition]) -> None:
+        """End by an abort whatever of our producer's id is open in these partitions.
+
+        An abort's marker ends all that is open of its producer's id. As the cursor is among it,
+        everything behind the last one that counts is published again: nothing can get lost.
+        """
+        assert self._producer is not None, "the session is open"  # noqa: S101
+        self._producer.begin_transaction()
+        for place in places:
+            # Nobody sees it; only a partition that was written to gets a marker.
+            self._producer.produce(place.topic, partition=place.partition, key=b"aborted")
+        deadline_s = time.monotonic() + OPEN_WITHIN_S
+        while self._producer.flush(FLUSH_SLICE_S) > 0 and time.monotonic() < deadline_s:
+            self._channel.go_on()
+        self._in_slices(self._producer.abort_transaction)
 
     def _refuse_for_good(self, check: Callable[[], None]) -> None:
         """Refuse what is found again and again: a broker that woke up may tell of old ends."""
@@ -373,16 +431,21 @@ class ExactlyOnce:
                 "transaction.timeout.ms": channel.settings.outbox_relay_transaction_timeout_ms,
             }
         )
+        self._in_slices(producer.init_transactions)
+        return producer
+
+    def _in_slices(self, act: Callable[[float], object]) -> None:
+        """Do what may be called again when it timed out, and leave it soon when told to stop."""
         deadline_s = time.monotonic() + OPEN_WITHIN_S
         while True:
             try:
-                producer.init_transactions(SLICE_S)
+                act(SLICE_S)
             except KafkaException as error:
                 if not reason(error).retriable() or time.monotonic() > deadline_s:
                     raise
-                channel.go_on()
+                self._channel.go_on()
             else:
-                return producer
+                return
 
     def _barrier(self) -> int:
         """Write a record to the cursor topic, after the fencing; return its offset.
@@ -436,7 +499,7 @@ class CursorRecords:
         whose it is. Else that transaction's end is waited for.
 
         Raises:
-            PublishError: `up_to` was not reached in time.
+            HeldBackError: `up_to` was not reached in time.
         """
         start = self._offset(EARLIEST)
         end = self._offset(LATEST) if up_to is None else up_to
@@ -490,7 +553,7 @@ class CursorRecords:
             # The end of what is committed, which an open transaction holds back.
             elif up_to is None or (message.offset() or 0) > up_to:
                 return found
-        raise PublishError("the end of the cursor topic was not reached in time")
+        raise HeldBackError("the end of the cursor topic was not reached in time")
 
 
 def refuse_as_a_lane_would(
