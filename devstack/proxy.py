@@ -102,7 +102,9 @@ class Proxy:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._drop()
-        for thread in self._threads:
+        with self._lock:
+            threads = list(self._threads)
+        for thread in threads:
             thread.join(JOIN_TIMEOUT_S)
 
     def _accept(self) -> None:
@@ -214,7 +216,8 @@ class Proxy:
         with self._lock:
             self._threads = [known for known in self._threads if known.is_alive()]
             self._threads.append(thread)
-        thread.start()
+            # Inside: one not yet started can't be joined, and isn't alive to whoever sorts out.
+            thread.start()
 
 
 class _Way:
