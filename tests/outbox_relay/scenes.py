@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import psycopg
 import pytest
-from confluent_kafka import IsolationLevel, TopicPartition
+from confluent_kafka import IsolationLevel, KafkaError, KafkaException, TopicPartition
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # re-exported without a word
     AdminClient,
     OffsetSpec,
@@ -36,6 +36,13 @@ REQUEST_TIMEOUT_S = 10.0
 # Of a backlog: enough that one is open at nearly every moment for some seconds.
 MANY_TRANSACTIONS = {"OUTBOX_RELAY_CHUNK_MAX_ROWS": "5"}
 END_TXN = 26
+# Of a broker that has come back, and knows less of its partitions yet than the client was told.
+STARTING = (
+    KafkaError.NOT_LEADER_FOR_PARTITION,
+    KafkaError.LEADER_NOT_AVAILABLE,
+    KafkaError.FENCED_LEADER_EPOCH,
+    KafkaError.UNKNOWN_LEADER_EPOCH,
+)
 
 _numbers = itertools.count(1)
 
@@ -204,16 +211,25 @@ def has_open_transaction(cluster: KafkaCluster, topic: str, partitions: int = 3)
     """Whether records of a transaction that hasn't ended lie in a topic."""
     admin = AdminClient({"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0})
 
+    latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
+    wanted = {TopicPartition(topic, number): latest for number in range(partitions)}
+
     def ends(isolation: IsolationLevel) -> list[int]:
-        latest = OffsetSpec.latest()  # type: ignore[no-untyped-call]
-        wanted = {TopicPartition(topic, number): latest for number in range(partitions)}
         futures = admin.list_offsets(
             wanted, isolation_level=isolation, request_timeout=REQUEST_TIMEOUT_S
         )
         return [future.result(REQUEST_TIMEOUT_S).offset for future in futures.values()]
 
-    committed = ends(IsolationLevel.READ_COMMITTED)
-    return committed != ends(IsolationLevel.READ_UNCOMMITTED)
+    def both_ends() -> list[list[int]]:
+        try:
+            return [ends(IsolationLevel.READ_COMMITTED), ends(IsolationLevel.READ_UNCOMMITTED)]
+        except KafkaException as error:
+            if error.args[0].code() not in STARTING:
+                raise
+            return []
+
+    committed, written = wait_until(both_ends, HANDOVER_TIMEOUT_S, "the leaders of the partitions")
+    return committed != written
 
 
 def freeze_in_a_transaction(
